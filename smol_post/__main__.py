@@ -1,0 +1,65 @@
+"""The command line: `smol-post <command>`, also `python -m smol_post`. Imports nothing heavy to say --help."""
+
+import sys
+
+STAGES = {
+    "base": "train a tiny base model from nothing",
+    "long-context": "extend the context: RoPE theta and sequence length",
+    "mid": "reasoning mid-training",
+    "sft": "dual-mode supervised fine-tuning",
+    "apo": "anchored preference optimisation",
+    "merge": "soup of APO checkpoints, then a linear merge with the long-context checkpoint",
+}
+COMMANDS = {
+    "run": "make every run of a recipe folder in order, then evaluate and report",
+    **STAGES,
+    "evals": "evaluate every whole checkpoint of a run folder",
+    "report": "write report.html and report.md of a run folder",
+    "check": "validate a recipe file or folder, without torch",
+}
+
+
+def usage() -> str:
+    """The text of `smol-post --help`."""
+    lines = [f"  {name:<14}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: smol-post COMMAND RECIPE [--run-dir DIR] [--run NAME] [key=value ...]",
+            "",
+            "From a base checkpoint to a dual-mode reasoner. RECIPE is a recipe file or a folder such as recipes/tiny.",
+            "",
+            *lines,
+            "",
+            "smol-post COMMAND --help tells more. Exit codes: 0 done, 1 failed, 2 refused, 130 interrupted.",
+        ]
+    )
+
+
+def main() -> None:
+    """Dispatch to the command; the process's exit code tells how it went."""
+    command, *rest = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(usage())
+        sys.exit(0)
+    if command == "--version":
+        from smol_post import __version__
+
+        print(__version__)
+        sys.exit(0)
+    if command not in COMMANDS:
+        from smol_post.config import did_you_mean
+
+        print(f"refused: {command}: no such command{did_you_mean(command, list(COMMANDS))}", file=sys.stderr)
+        sys.exit(2)
+    if command in STAGES:
+        from smol_post import runner
+
+        stage = command.replace("-", "_")
+        sys.exit(runner.stage_command(stage, rest, program=f"smol-post {command}", separate=True))
+    from smol_post import commands
+
+    sys.exit(getattr(commands, command)(rest))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""A base model from nothing, for the tiny recipe: byte-level BPE on generated text, a small SmolLM3, pre-training.
+
+smol-post base recipes/tiny/base.yaml
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from smol_post import runner
+from smol_post.config import BaseRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+SPECIAL = [END_OF_TEXT, "<|im_start|>", "<|im_end|>"]
+THINK = ["<think>", "</think>"]
+
+
+def train_tokenizer(texts: Iterator[str], *, vocab_size: int) -> "PreTrainedTokenizerFast":
+    """Byte-level BPE with single digits and the tokens of ChatML; think tags stay visible when decoded.
+
+    `vocab_size` is an upper bound: training stops early where the text has no more pairs to merge.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(THINK),
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(texts, trainer)
+    made.add_tokens([AddedToken(token, special=False, normalized=False) for token in THINK])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def run(recipe: BaseRecipe, parents: list[runner.Parent], job: runner.Job) -> dict[str, Any]:
+    """Train tokenizer and model from nothing; returns the data ledger and metrics."""
+    from transformers import set_seed
+
+    from smol_post import chat, model, synthetic, training
+
+    template = chat.load_template(recipe.chat_template)
+    corpus = synthetic.corpus(recipe.tokenizer.corpus_seed)
+    tokenizer = train_tokenizer(corpus, vocab_size=recipe.tokenizer.vocab_size)
+    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    set_seed(recipe.seed)
+    lm = model.build_model(
+        {**recipe.model, "max_position_embeddings": recipe.max_tokens},
+        vocab_size=len(tokenizer),
+        token_ids={"bos_token_id": end, "eos_token_id": end, "pad_token_id": end},
+        attn_implementation=recipe.attention,
+    )
+    model.check_rope(lm)
+    text_end = END_OF_TEXT
+    return training.train_on_packs(
+        recipe,
+        lm,
+        tokenizer,
+        template=template,
+        text_end=text_end,
+        folder=job.recipe_file.parent,
+        run_dir=job.run_dir,
+        num_processes=runner.num_processes(),
+        announce=job.announce,
+    )
+
+
+if __name__ == "__main__":
+    runner.main("base")

@@ -1,0 +1,109 @@
+"""The commands over a whole recipe folder: run, evals, report, check."""
+
+import argparse
+from pathlib import Path
+
+from smol_post import config, manifest, runner
+from smol_post.config import Refusal
+from smol_post.runner import EXIT_OK, refuse, say
+
+
+def _parser(command: str, text: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog=f"smol-post {command}", description=text, allow_abbrev=False)
+    made.add_argument("recipe", help="recipe folder" + (" or file" if command == "check" else ""))
+    if command != "check":
+        made.add_argument("--run-dir", type=Path, help="where the runs are (default: runs/<recipe folder>)")
+    return made
+
+
+def run(argv: list[str]) -> int:
+    """Make every run of a pipeline that is not whole yet, then evaluate all of them and write the report."""
+    parser = _parser("run", "Make every run of a recipe folder in order; whole runs whose fingerprint holds are kept.")
+    parser.add_argument("--until", help="stop after this run; no evaluation")
+    arguments = parser.parse_args(argv)
+    folder = Path(arguments.recipe)
+    try:
+        plan = runner.make_plan(folder, run_root=arguments.run_dir, arguments=[])
+        jobs = plan.jobs
+        if arguments.until is not None:
+            names = [job.name for job in jobs]
+            if arguments.until not in names:
+                raise Refusal(f"--until {arguments.until}: no such run{config.did_you_mean(arguments.until, names)}")
+            jobs = jobs[: names.index(arguments.until) + 1]
+    except Refusal as refusal:
+        return refuse(refusal)
+    code = runner.execute_all(jobs, separate=True)
+    if code or arguments.until:
+        return code
+    rest = [arguments.recipe, *(["--run-dir", str(arguments.run_dir)] if arguments.run_dir else [])]
+    if config.load_pipeline(folder).evals and (code := evals(rest)):
+        return code
+    code = report(rest)
+    say(f"model: {jobs[-1].run_dir}")
+    return code
+
+
+def evals(argv: list[str]) -> int:
+    """Evaluate every whole checkpoint of the chain that has no result for its digest yet."""
+    arguments = _parser("evals", "Evaluate every whole checkpoint of a run folder.").parse_args(argv)
+    folder = Path(arguments.recipe)
+    try:
+        pipeline = config.load_pipeline(folder)
+        if pipeline.evals is None:
+            raise Refusal(f"{folder / 'pipeline.yaml'}: evals: no recipe is named; add evals: evals.yaml")
+        recipe_file = folder / pipeline.evals
+        recipe = config.load_recipe(recipe_file)
+        if not isinstance(recipe, config.EvalsRecipe):
+            raise Refusal(f"{recipe_file}: stage: found {recipe.stage}, wanted evals")
+        plan = runner.make_plan(folder, run_root=arguments.run_dir, arguments=[])
+        if not any(manifest.is_whole(job.run_dir) for job in plan.pipeline):
+            raise Refusal(f"no run of {folder} is whole yet; make one first: smol-post run {folder}")
+        from smol_post import evals as stage
+
+        stage.evaluate_all(recipe, plan.pipeline)
+    except Refusal as refusal:
+        return refuse(refusal)
+    except KeyboardInterrupt:
+        say("evals: interrupted; what is evaluated is kept", error=True)
+        return runner.EXIT_INTERRUPTED
+    return EXIT_OK
+
+
+def report(argv: list[str]) -> int:
+    """Write report.html and report.md of a run folder."""
+    arguments = _parser("report", "Write report.html and report.md of a run folder.").parse_args(argv)
+    folder = Path(arguments.recipe)
+    try:
+        pipeline = config.load_pipeline(folder)
+        root = arguments.run_dir or runner.default_run_root(folder)
+        from smol_post.report import write_report
+
+        page, _ = write_report(root, runs=[entry.name for entry in pipeline.runs])
+    except Refusal as refusal:
+        return refuse(refusal)
+    say(f"report: {page}")
+    return EXIT_OK
+
+
+def check(argv: list[str]) -> int:
+    """Validate a recipe file, or a folder: its pipeline and every recipe in it."""
+    arguments = _parser("check", "Validate a recipe file or folder, without torch.").parse_args(argv)
+    where = Path(arguments.recipe)
+    try:
+        if where.is_dir():
+            runner.make_plan(where, run_root=None, arguments=[])
+            evals_name = config.load_pipeline(where).evals
+            if evals_name is not None:
+                config.load_recipe(where / evals_name)
+            checked = sorted(where.glob("*.yaml"))
+            for path in checked:
+                if path.name != "pipeline.yaml":
+                    config.load_recipe(path)
+        else:
+            config.load_recipe(where)
+            checked = [where]
+    except Refusal as refusal:
+        return refuse(refusal)
+    for path in checked:
+        say(f"ok: {path}")
+    return EXIT_OK

@@ -1,0 +1,518 @@
+"""Recipes: YAML plus overrides -> one validated model a stage. Refuses here, by name, before torch is imported.
+
+A recipe folder holds a `pipeline.yaml` (the runs, their stages, recipes and parents) and one YAML file a recipe. Quantities
+that are ours have our names (`max_tokens`, `global_batch_size`); the `trainer:` block takes any field of the pinned TRL
+configuration by its own name.
+
+    >>> parse_override("trainer.learning_rate=1.0e-3")
+    (['trainer', 'learning_rate'], 0.001)
+"""
+
+import difflib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class Refusal(Exception):
+    """Input we will not run: one line that says where, what was found, what was wanted and what to do."""
+
+
+class Strict(BaseModel):
+    """Unknown keys and converted types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=False)
+
+
+class Source(Strict):
+    """Where rows come from: a data set (`path`) or a generator of the package (`generator`)."""
+
+    name: str
+    path: str | None = None
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    generator: str | None = None
+    num_rows: int | None = Field(default=None, gt=0)
+    seed: int = 0
+    options: dict[str, Any] = {}
+    keep_fraction: float = Field(default=1.0, gt=0, le=1)
+    loss_on: Literal["all", "completion"] | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Source":
+        if (self.path is None) == (self.generator is None):
+            raise ValueError(f"source '{self.name}': give exactly one of 'path' and 'generator'")
+        if self.generator is not None and self.num_rows is None:
+            raise ValueError(f"source '{self.name}': a generator needs 'num_rows'")
+        if self.generator is None and (self.options or self.num_rows is not None):
+            raise ValueError(f"source '{self.name}': 'options' and 'num_rows' go with 'generator' only")
+        return self
+
+
+class Training(Strict):
+    """What every training stage has in common."""
+
+    seed: int = 0
+    max_tokens: int = Field(gt=1)
+    global_batch_size: int = Field(gt=0)
+    micro_batch_size: int = Field(default=1, gt=0)
+    num_steps: int | None = Field(default=None, gt=0)
+    num_epochs: float | None = Field(default=None, gt=0)
+    overlong_rows: Literal["drop", "truncate"] = "drop"
+    attention: Literal["varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "varlen"
+    date_string: str = "01 July 2025"
+    text_end: str | None = None
+    sources: list[Source] = Field(min_length=1)
+    trainer: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Training":
+        if (self.num_steps is None) == (self.num_epochs is None):
+            raise ValueError("give exactly one of 'num_steps' and 'num_epochs'")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size: {self.global_batch_size} does not divide by micro_batch_size "
+                f"{self.micro_batch_size}; choose a micro_batch_size that divides it"
+            )
+        names = [source.name for source in self.sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"sources: the name '{name}' is used twice; give each source its own")
+        return self
+
+
+class TokenizerSpec(Strict):
+    """The byte-level BPE tokenizer of the tiny base."""
+
+    vocab_size: int = Field(gt=256)
+    corpus_seed: int = 0
+
+
+class BaseRecipe(Training):
+    """A base model from nothing (tiny recipe only)."""
+
+    stage: Literal["base"]
+    loss_on: Literal["all", "completion"] = "completion"
+    packing: Literal["bfd"] = "bfd"
+    chat_template: str = "chatml"
+    model: dict[str, Any]
+    tokenizer: TokenizerSpec
+
+
+class LongContextRecipe(Training):
+    """Long-context extension: RoPE theta and sequence length grow, documents stay isolated."""
+
+    stage: Literal["long_context"]
+    loss_on: Literal["all", "completion"] = "all"
+    packing: Literal["bfd", "wrapped"] = "wrapped"
+    rope_theta: float = Field(gt=1)
+    chat_template: str | None = None
+    add_tokens: list[str] = []
+
+
+class MidRecipe(Training):
+    """Reasoning mid-training: ChatML, wrapped packing, loss on all tokens."""
+
+    stage: Literal["mid"]
+    loss_on: Literal["all", "completion"] = "all"
+    packing: Literal["wrapped", "wrapped_cross_document", "bfd"] = "wrapped"
+    chat_template: str = "chatml"
+    add_tokens: list[str] = []
+
+
+class SftRecipe(Training):
+    """Dual-mode SFT: BFD packing over the whole set, loss on assistant turns."""
+
+    stage: Literal["sft"]
+    loss_on: Literal["assistant"] = "assistant"
+    packing: Literal["bfd"] = "bfd"
+    chat_template: str = "smol_post"
+    add_tokens: list[str] = []
+
+
+class ApoRecipe(Training):
+    """Anchored preference optimisation; `global_batch_size` and `micro_batch_size` count pairs."""
+
+    stage: Literal["apo"]
+    overlong_rows: Literal["drop"] = "drop"
+    chat_template: str | None = None
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+
+
+class MergeRecipe(Strict):
+    """A uniform soup of all parents but the last, then a linear merge with the last (the long-context one)."""
+
+    stage: Literal["merge"]
+    seed: int = 0
+    soup_weight: float = Field(default=0.9, gt=0, le=1)
+    dtype: Literal["float32"] = "float32"
+    out_dtype: Literal["float32", "bfloat16", "parent"] = "parent"
+    out_shard_size: int = Field(default=500_000_000, gt=0)
+
+
+class EvalsRecipe(Strict):
+    """What is measured on every checkpoint of the chain."""
+
+    stage: Literal["evals"]
+    seed: int = 1_000_000
+    needle_tokens: list[int] = [64, 256, 512]
+    num_needle_questions: int = Field(default=200, ge=0)
+    needle_options: dict[str, Any] = {}
+    num_arithmetic_questions: int = Field(default=200, ge=0)
+    arithmetic_options: dict[str, Any] = {}
+    num_preference_pairs: int = Field(default=200, ge=0)
+    preference_options: dict[str, Any] = {}
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(default=96, gt=0)
+    batch_size: int = Field(default=64, gt=0)
+    date_string: str = "01 July 2025"
+    num_samples: int = Field(default=2, ge=0)
+
+
+Recipe = BaseRecipe | LongContextRecipe | MidRecipe | SftRecipe | ApoRecipe | MergeRecipe | EvalsRecipe
+RECIPES: dict[str, type[Strict]] = {
+    "base": BaseRecipe,
+    "long_context": LongContextRecipe,
+    "mid": MidRecipe,
+    "sft": SftRecipe,
+    "apo": ApoRecipe,
+    "merge": MergeRecipe,
+    "evals": EvalsRecipe,
+}
+NUM_PARENTS = {
+    "base": (0, 0),
+    "long_context": (1, 1),
+    "mid": (1, 1),
+    "sft": (1, 1),
+    "apo": (1, 1),
+    "merge": (2, 99),
+}
+
+
+class Entry(Strict):
+    """One run of a pipeline."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    stage: Literal["base", "long_context", "mid", "sft", "apo", "merge"]
+    recipe: str
+    parents: list[str] = []
+    overrides: dict[str, Any] = {}
+
+
+class Pipeline(Strict):
+    """The runs in order. `parents` are `../run` of this pipeline, absolute folders, or Hub ids (`org/name@revision`)."""
+
+    runs: list[Entry] = Field(min_length=1)
+    build_parents: bool = False
+    evals: str | None = None
+
+    @model_validator(mode="after")
+    def _chain(self) -> "Pipeline":
+        known: list[str] = []
+        for entry in self.runs:
+            where = f"runs: '{entry.name}'"
+            if entry.name in known or entry.name == "evals":
+                raise ValueError(f"{where} is used twice or reserved; every run needs a name of its own")
+            low, high = NUM_PARENTS[entry.stage]
+            if not low <= len(entry.parents) <= high:
+                wanted = str(low) if low == high else f"at least {low}"
+                raise ValueError(
+                    f"{where} has {len(entry.parents)} parents; stage {entry.stage} wants {wanted}"
+                )
+            for parent in entry.parents:
+                if parent.startswith("../") and parent[3:].split("/")[0] not in known:
+                    hint = did_you_mean(parent[3:].split("/")[0], known)
+                    raise ValueError(f"{where} has the parent '{parent}', which is no earlier run{hint}")
+            if entry.parents and len(set(entry.parents)) != len(entry.parents):
+                raise ValueError(f"{where} names a parent twice; a merge counts each checkpoint once")
+            known.append(entry.name)
+        return self
+
+
+T = TypeVar("T", bound=Strict)
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """`; did you mean 'x'?` or the list of what exists, for the end of a refusal."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(sorted(known))}" if known else ""
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """`a.b=value` -> (["a", "b"], value), the value read as YAML.
+
+    Raises Refusal where there is no `=` or the value is not YAML.
+    """
+    key, found, value = text.partition("=")
+    if not found or not key:
+        raise Refusal(f"argument '{text}': wanted key=value, for example trainer.learning_rate=1.0e-3")
+    try:
+        return key.split("."), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise Refusal(f"argument '{text}': the value is not YAML; quote it") from None
+
+
+def apply_override(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set `tree[a][b] = value` in place; list items by number (`sources.0.num_rows`)."""
+    node: Any = tree
+    for depth, key in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise Refusal(f"argument {'.'.join(path)}: '{key}' wanted a number under {len(node)}")
+            index: Any = int(key)
+        elif isinstance(node, dict):
+            index = key
+        else:
+            raise Refusal(f"argument {'.'.join(path)}: '{path[depth - 1]}' has no keys of its own")
+        if last:
+            node[index] = value
+        else:
+            node = node.setdefault(index, {}) if isinstance(node, dict) else node[index]
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key given twice, which YAML would silently resolve to the last one."""
+
+
+def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    found: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in found:
+            raise yaml.MarkedYAMLError(
+                problem=f"the key '{key}' is given twice", problem_mark=key_node.start_mark
+            )
+        found[key] = loader.construct_object(value_node, deep=True)
+    return found
+
+
+_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping, or a Refusal with the line number."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506  a SafeLoader
+    except FileNotFoundError:
+        raise Refusal(f"{path}: no such file; give a recipe file such as recipes/tiny/sft.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise Refusal(f"{path}:{line} not readable as YAML ({problem}); mend the file") from None
+    if not isinstance(tree, dict):
+        raise Refusal(f"{path}: found {type(tree).__name__}, wanted a mapping of keys to values")
+    return tree
+
+
+def validate(model: type[T], tree: dict[str, Any], *, where: str) -> T:
+    """`tree` as `model`; the first problem becomes a one-line Refusal that starts with `where`."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        problems = [_sentence(model, problem) for problem in error.errors()]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise Refusal(f"{where}: {problems[0]}{more}") from None
+
+
+def _sentence(model: type[BaseModel], problem: Any) -> str:
+    """One pydantic problem in words: key, what was found, what was wanted."""
+    location = [str(part) for part in problem["loc"]]
+    key, kind, found = ".".join(location), problem["type"], problem.get("input")
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key{did_you_mean(location[-1], _keys_at(model, location[:-1]))}"
+    if kind == "missing":
+        return f"{key}: this key is missing; add it"
+    if kind == "value_error":
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
+    wanted = problem["msg"].removeprefix("Input should be ")
+    return f"{key}: found {describe(found)}, wanted {wanted}{_text_number(found)}"
+
+
+def _keys_at(model: type[BaseModel], location: list[str]) -> list[str]:
+    """The keys a model knows at a place such as ["sources", "0"]."""
+    for part in location:
+        if part.isdigit():
+            continue
+        field = model.model_fields.get(part)
+        nested = [
+            kind
+            for kind in [
+                getattr(field, "annotation", None),
+                *getattr(field and field.annotation, "__args__", ()),
+            ]
+            if isinstance(kind, type) and issubclass(kind, BaseModel)
+        ]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)
+
+
+def describe(value: Any) -> str:
+    """A value and its type for an error, cut to a readable length."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def _text_number(value: Any) -> str:
+    if isinstance(value, str):
+        try:
+            return f"; YAML reads {value} as text, write {float(value):.1e}"
+        except ValueError:
+            pass
+    return ""
+
+
+# Fields of the TRL configuration that a recipe sets elsewhere, and where.
+OWNED = {
+    "output_dir": "--run-dir",
+    "seed": "seed",
+    "data_seed": "seed",
+    "max_length": "max_tokens",
+    "max_steps": "num_steps",
+    "num_train_epochs": "num_epochs",
+    "per_device_train_batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "global_batch_size",
+    "packing": "packing",
+    "packing_strategy": "packing",
+    "padding_free": "packing",
+    "assistant_only_loss": "loss_on",
+    "completion_only_loss": "loss_on",
+    "chat_template_path": "chat_template",
+    "eos_token": "chat_template",
+    "model_init_kwargs": "attention",
+    "dataset_kwargs": "sources",
+    "dataset_text_field": "sources",
+    "remove_unused_columns": "sources",
+    "shuffle_dataset": "seed",
+    "truncation_mode": "overlong_rows",
+    "resume_from_checkpoint": "nothing: an unfinished run resumes by itself",
+}
+# Fields that the pinned versions accept and ignore, or that would change what is computed behind the recipe's back.
+INERT = {
+    "gradient_checkpointing": "its name is activation_checkpointing now",
+    "gradient_checkpointing_kwargs": "its name is activation_checkpointing_kwargs now",
+    "eval_packing": "there is no evaluation set in training",
+    "use_liger_kernel": "TRL 1.16 forbids its fused loss",
+    "liger_kernel_config": "TRL 1.16 forbids its fused loss",
+    "auto_find_batch_size": "it changes the batch silently",
+    "do_train": "it has no effect outside the example scripts",
+    "do_eval": "it has no effect outside the example scripts",
+    "do_predict": "it has no effect outside the example scripts",
+    "local_rank": "the launcher sets it",
+    "pad_to_multiple_of": "in packs every padding token would be a document",
+    "load_best_model_at_end": "there is no evaluation set in training",
+    "push_to_hub": "a finished run directory is published by hand",
+    "dataset_num_proc": "rows reach the trainer tokenised",
+}
+_TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str, "dict": dict, "list": list}
+
+
+def trl_fields(stage: str) -> dict[str, dict[str, Any]]:
+    """The fields of the pinned SFTConfig or DPOConfig: name -> {"types": [...], "choices": [...] or absent}."""
+    known = json.loads(resources.files("smol_post").joinpath("trl_fields.json").read_text())
+    return known["DPOConfig" if stage == "apo" else "SFTConfig"]
+
+
+def check_trainer_block(stage: str, block: dict[str, Any], *, where: str) -> None:
+    """Refuse trainer keys that TRL does not know, that the recipe owns elsewhere, or that would be ignored."""
+    fields = trl_fields(stage)
+    for key, value in block.items():
+        at = f"{where}: trainer.{key}"
+        if key not in fields:
+            raise Refusal(f"{at}: TRL has no such field{did_you_mean(key, list(fields))}")
+        if key in OWNED:
+            raise Refusal(f"{at}: the recipe owns this; set {OWNED[key]} instead")
+        if key in INERT:
+            raise Refusal(f"{at}: not accepted, {INERT[key]}; remove it")
+        types, choices = fields[key]["types"], fields[key].get("choices")
+        matches = any(
+            (kind == "null" and value is None)
+            or (
+                kind != "null"
+                and isinstance(value, _TYPES[kind])
+                and (kind == "bool") == isinstance(value, bool)
+            )
+            for kind in types
+        )
+        if not matches:
+            raise Refusal(f"{at}: found {describe(value)}, wanted {' or '.join(types)}{_text_number(value)}")
+        if choices and value is not None and value not in choices:
+            raise Refusal(f"{at}: found {describe(value)}{did_you_mean(str(value), choices)}")
+    if block.get("lr_scheduler_type") == "warmup_stable_decay" and "num_decay_steps" not in (
+        block.get("lr_scheduler_kwargs") or {}
+    ):
+        raise Refusal(
+            f"{where}: trainer.lr_scheduler_kwargs: warmup_stable_decay wants num_decay_steps; add it"
+        )
+
+
+def load_recipe(
+    path: Path, *, overrides: dict[str, Any] | None = None, arguments: list[str] | None = None
+) -> Recipe:
+    """Read one recipe file; then the pipeline entry's `overrides` (a tree), then `key=value` arguments.
+
+    Raises Refusal with file and key on anything unknown, of the wrong type or out of range.
+    """
+    tree = read_yaml(path)
+    for key, value in (overrides or {}).items():
+        apply_override(tree, key.split("."), value)
+    for argument in arguments or []:
+        apply_override(tree, *parse_override(argument))
+    stage = tree.get("stage")
+    if not isinstance(stage, str) or stage not in RECIPES:
+        hint = did_you_mean(str(stage), list(RECIPES))
+        raise Refusal(f"{path}: stage: found {describe(stage)}, wanted the stage of this recipe{hint}")
+    recipe = validate(RECIPES[stage], tree, where=str(path))
+    if isinstance(recipe, Training):
+        check_trainer_block(stage, recipe.trainer, where=str(path))
+    return recipe  # type: ignore[return-value]
+
+
+def load_pipeline(folder: Path) -> Pipeline:
+    """`pipeline.yaml` of a recipe folder."""
+    path = folder / "pipeline.yaml"
+    if not path.is_file():
+        raise Refusal(
+            f"{path}: no such file; a recipe folder lists its runs there (see recipes/tiny/pipeline.yaml)"
+        )
+    return validate(Pipeline, read_yaml(path), where=str(path))
+
+
+def load_entry(folder: Path, entry: Entry, *, arguments: list[str] | None = None) -> Recipe:
+    """The recipe of one pipeline entry, its stage held against the entry's."""
+    path = folder / entry.recipe
+    recipe = load_recipe(path, overrides=entry.overrides, arguments=arguments)
+    if recipe.stage != entry.stage:
+        raise Refusal(
+            f"{path}: stage: found '{recipe.stage}', wanted '{entry.stage}' as run '{entry.name}' says"
+        )
+    return recipe
+
+
+def is_local(path: str) -> bool:
+    """Whether a source path names something on disk (else it is a Hub data set).
+
+    >>> is_local("data/rows.jsonl.gz"), is_local("HuggingFaceTB/smoltalk2")
+    (True, False)
+    """
+    return path.startswith(("/", "./", "../", "~")) or path.endswith(
+        (".json", ".jsonl", ".jsonl.gz", ".parquet")
+    )
+
+
+def local_path(path: str, folder: Path) -> Path:
+    """A source path as a file or folder: `~` expanded, relative to the recipe's folder."""
+    return (folder / Path(path).expanduser()).resolve()

@@ -1,0 +1,128 @@
+"""What a run is made of: digests of files, the manifest, and the state of a run that is not whole yet.
+
+`manifest.json` is written last, so its presence means that the run is whole. A checkpoint's digest covers the files that
+make it what it is (weights, configuration, tokenizer, template), not its logs:
+
+    digest = sha256 over the sorted lines "<sha256 of file>  <name>" of those files
+"""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from smol_post.config import Refusal
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+_NOT_CONTENT = {MANIFEST, STATE, "verify.json"}
+_CONTENT_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "mergekit",
+    "peft",
+    "smol-post",
+)
+
+
+def digest_text(text: str) -> str:
+    """`sha256:...` of a text."""
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_tree(tree: Any) -> str:
+    """`sha256:...` of a JSON-like value, independent of the order of keys."""
+    return digest_text(
+        json.dumps(tree, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    )
+
+
+def digest_file(path: Path) -> str:
+    """`sha256:...` of a file's bytes."""
+    with path.open("rb") as stream:
+        return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def content_files(folder: Path) -> dict[str, str]:
+    """Name -> digest of the files that make `folder` the checkpoint it is."""
+    return {
+        path.name: digest_file(path)
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix in _CONTENT_SUFFIXES and path.name not in _NOT_CONTENT
+    }
+
+
+def content_digest(files: Mapping[str, str]) -> str:
+    """The digest of a checkpoint from the digests of its files."""
+    return digest_text("\n".join(f"{digest}  {name}" for name, digest in sorted(files.items())))
+
+
+def is_whole(run_dir: Path) -> bool:
+    """Whether the run ended well: its manifest is there."""
+    return (run_dir / MANIFEST).is_file()
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """The manifest of a whole run; Refusal where there is none or it is not readable."""
+    path = run_dir / MANIFEST
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Refusal(f"{path}: no such file, so this run is not whole; finish the run first") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise Refusal(
+            f"{path}: not readable as JSON; restore it or remove the run and make it again"
+        ) from None
+    if found.get("schema") != SCHEMA:
+        raise Refusal(f"{path}: found schema {found.get('schema')!r}, wanted {SCHEMA}; make the run again")
+    return found
+
+
+def verify(run_dir: Path) -> dict[str, Any]:
+    """The manifest, after every content file was hashed again and held against it."""
+    manifest = read_manifest(run_dir)
+    found = content_files(run_dir)
+    for name in sorted({*manifest["files"], *found}):
+        wanted, have = manifest["files"].get(name), found.get(name)
+        if wanted != have:
+            what = "is missing" if have is None else "was added" if wanted is None else "has changed"
+            raise Refusal(f"{run_dir / name}: {what} since the run ended; restore it or make the run again")
+    return manifest
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Write atomically: a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        json.dump(tree, stream, indent=2, ensure_ascii=False, default=str)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,198 @@
+"""Linear merge with MergeKit: a uniform soup of APO checkpoints, then soup_weight x soup + the rest x long context.
+
+Parents in order: the checkpoints of the soup, and last the long-context checkpoint. The soup stays in `soup/`, a checkpoint
+of its own that evaluation reads. MergeKit takes configuration and tokenizer of a merge from an arbitrary model unless
+`base_model` names one, so the soup is named; every tensor and the configuration are checked afterwards.
+
+    make merge
+    smol-post merge recipes/tiny/merge.yaml
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smol_post import runner
+from smol_post.config import MergeRecipe, Refusal
+
+if TYPE_CHECKING:
+    import torch
+
+SOUP = "soup"
+_SAME = (
+    "architectures",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "no_rope_layers",
+    "rope_parameters",
+)
+
+
+def run(recipe: MergeRecipe, parents: list[runner.Parent], job: runner.Job) -> dict[str, Any]:
+    """Merge and check; returns the largest deviation from the fp32 weighted sum as a metric.
+
+    Raises Refusal where parents differ in architecture, vocabulary or RoPE, or stand in another order.
+    """
+    from smol_post import model
+
+    *soup, long_context = parents
+    for one in soup:
+        if one.stage == "long_context":
+            raise Refusal(f"{one.path} is a long-context checkpoint; it wants the last place among merge's parents")
+    if long_context.stage not in (None, "long_context"):
+        raise Refusal(f"{long_context.path} is of stage {long_context.stage}; the last parent is long_context")
+    check_alike([one.folder for one in parents], [one.path for one in parents])
+    soup_dir = job.run_dir / SOUP
+    shutil.rmtree(soup_dir, ignore_errors=True)
+    equal = [1 / len(soup)] * len(soup)
+    job.announce(f"soup of {len(soup)} checkpoints, then {recipe.soup_weight:g} soup")
+    folders = [one.folder for one in soup]
+    soup_error = linear(folders, equal, soup_dir, recipe=recipe)
+    weights = [recipe.soup_weight, 1 - recipe.soup_weight]
+    final = job.run_dir / "merged.part"
+    shutil.rmtree(final, ignore_errors=True)
+    error = linear([soup_dir, long_context.folder], weights, final, recipe=recipe)
+    for path in final.iterdir():
+        path.replace(job.run_dir / path.name)
+    final.rmdir()
+    model.load_model(job.run_dir, attn_implementation="sdpa")
+    return {"data": None, "metrics": {"max_error": error, "soup_max_error": soup_error, "weights": weights}}
+
+
+def check_alike(folders: Sequence[Path], names: Sequence[str]) -> None:
+    """All parents have one architecture, vocabulary and RoPE; Refusal with the key and both values otherwise."""
+    from smol_post import model
+
+    first, *others = [model.load_config(folder).to_dict() for folder in folders]
+    vocabularies = [model.load_tokenizer(folder).get_vocab() for folder in folders]
+    for name, other, vocabulary in zip(names[1:], others, vocabularies[1:], strict=True):
+        for key in _SAME:
+            if first.get(key) != other.get(key):
+                raise Refusal(
+                    f"{key}: {names[0]} has {first.get(key)}, {name} has {other.get(key)}; a merge wants checkpoints "
+                    "of one model"
+                )
+        if vocabulary != vocabularies[0]:
+            raise Refusal(f"{names[0]} and {name} have different tokenizers; add tokens in the chain's first run only")
+
+
+def linear(folders: Sequence[Path], weights: Sequence[float], out: Path, *, recipe: MergeRecipe) -> float:
+    """MergeKit's linear merge of `folders` into `out`, the first donating configuration, tokenizer and template.
+
+    Returns the largest absolute deviation of any tensor from the fp32 weighted sum, after checking each is within rounding.
+    """
+    import torch
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+
+    dtype = _out_dtype(folders[0], recipe.out_dtype)
+    merge_config = {
+        "merge_method": "linear",
+        "base_model": str(folders[0]),
+        "dtype": recipe.dtype,
+        "out_dtype": dtype,
+        "models": [
+            {"model": str(folder), "parameters": {"weight": weight}}
+            for folder, weight in zip(folders, weights, strict=True)
+        ],
+    }
+    out.mkdir(parents=True)
+    run_merge(
+        MergeConfiguration.model_validate(merge_config),
+        str(out),
+        options=MergeOptions(
+            copy_tokenizer=True,
+            lazy_unpickle=True,
+            write_model_card=False,
+            quiet=True,
+            out_shard_size=recipe.out_shard_size,
+        ),
+    )
+    _check_donor(folders[0], out)
+    return check_sum(folders, weights, out, dtype=getattr(torch, dtype))
+
+
+def _out_dtype(folder: Path, wanted: str) -> str:
+    from safetensors import safe_open
+
+    from smol_post import model
+
+    if wanted != "parent":
+        return wanted
+    with safe_open(model.safetensors_files(folder)[0], framework="pt") as file:
+        name = next(iter(file.keys()))
+        return str(file.get_tensor(name).dtype).removeprefix("torch.")
+
+
+def _check_donor(donor: Path, out: Path) -> None:
+    """Configuration, template and generation settings of `out` are the donor's; RuntimeError otherwise."""
+    from smol_post import model
+
+    wanted, found = model.load_config(donor).to_dict(), model.load_config(out).to_dict()
+    for key in wanted.keys() - {"dtype", "transformers_version", "_name_or_path"}:
+        if wanted[key] != found.get(key):
+            raise RuntimeError(f"{out}: config {key} is {found.get(key)}, wanted the soup's {wanted[key]}")
+    for name in ("chat_template.jinja", "generation_config.json"):
+        source, copy = donor / name, out / name
+        if source.is_file() and (not copy.is_file() or copy.read_bytes() != source.read_bytes()):
+            raise RuntimeError(f"{copy}: is not the soup's {name}")
+
+
+def check_sum(
+    folders: Sequence[Path], weights: Sequence[float], out: Path, *, dtype: "torch.dtype"
+) -> float:
+    """The largest |merged - sum of weight x parent| over all tensors; RuntimeError beyond one rounding step.
+
+    0.9 x 2.0 + 0.1 x 1.0 = 1.9: every tensor of `out` is held against that sum in fp32, one tensor in memory at a time.
+    """
+    import torch
+    from safetensors import safe_open
+
+    from smol_post import model
+
+    def locate(folder: Path) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for path in model.safetensors_files(folder):
+            with safe_open(path, framework="pt") as file:
+                found.update(dict.fromkeys(file.keys(), path))
+        return found
+
+    places = [locate(folder) for folder in [*folders, out]]
+    if any(place.keys() != places[0].keys() for place in places):
+        odd = sorted(set().union(*places) - set.intersection(*[set(place) for place in places]))
+        raise RuntimeError(f"{out}: tensors differ between the parents and the merge: {odd[:3]}")
+
+    def read(place: dict[str, Path], name: str) -> torch.Tensor:
+        with safe_open(place[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    worst = 0.0
+    rounding = torch.finfo(dtype).eps
+    for name in places[0]:
+        wanted = sum(
+            weight * read(place, name).float() for weight, place in zip(weights, places, strict=False)
+        )
+        assert isinstance(wanted, torch.Tensor)
+        found = read(places[-1], name)
+        error = (found.float() - wanted).abs()
+        scale = sum(
+            abs(weight) * read(place, name).float().abs()
+            for weight, place in zip(weights, places, strict=False)
+        )
+        if found.dtype != dtype or not (error <= 4 * rounding * scale + 1e-30).all():
+            raise RuntimeError(
+                f"{out}: {name} ({found.dtype}) is off the weighted sum by {error.max().item():.3e}; merge again"
+            )
+        worst = max(worst, error.max().item())
+    return worst
+
+
+if __name__ == "__main__":
+    runner.main("merge")

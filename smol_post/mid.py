@@ -1,0 +1,42 @@
+"""Reasoning mid-training: long reasoning traces as plain ChatML, wrapped packing, loss on all tokens.
+
+Source: SmolLM3 launch post. `packing: wrapped` isolates documents; with `wrapped_cross_document` attention and
+positions run across them, as in TRL's own `wrapped`.
+
+    make mid
+    accelerate launch --config_file recipes/accelerate/cpu.yaml smol_post/mid.py --config recipes/tiny/mid.yaml
+"""
+
+from typing import Any
+
+from smol_post import runner
+from smol_post.config import MidRecipe
+
+
+def run(recipe: MidRecipe, parents: list[runner.Parent], job: runner.Job) -> dict[str, Any]:
+    """Train the parent on traces, save the ChatML template with it; returns the data ledger and metrics."""
+    from smol_post import chat, model, training
+
+    (parent,) = parents
+    tokenizer = model.load_tokenizer(parent.folder)
+    text_end = recipe.text_end or tokenizer.eos_token
+    lm = model.load_model(parent.folder, attn_implementation=recipe.attention)
+    training.check_length(recipe, lm)
+    model.add_tokens(lm, tokenizer, recipe.add_tokens)
+    template = chat.load_template(recipe.chat_template)
+    model.set_chat(lm, tokenizer, template)
+    return training.train_on_packs(
+        recipe,
+        lm,
+        tokenizer,
+        template=template,
+        text_end=text_end,
+        folder=job.recipe_file.parent,
+        run_dir=job.run_dir,
+        num_processes=runner.num_processes(),
+        announce=job.announce,
+    )
+
+
+if __name__ == "__main__":
+    runner.main("mid")

@@ -1,0 +1,223 @@
+"""Load and save weights and tokenizer; RoPE theta; new tokens. The only caller of `from_pretrained`.
+
+RoPE frequencies are computed when a model is built, so theta is set in the configuration before that and then checked on
+the live model: editing `model.config` afterwards would train with the old theta and save the new one.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from smol_post import attention
+from smol_post.config import Refusal
+
+
+def load_model(
+    folder: Path,
+    *,
+    attn_implementation: str,
+    dtype: torch.dtype = torch.float32,
+    rope_theta: float | None = None,
+    max_position_embeddings: int | None = None,
+) -> PreTrainedModel:
+    """The checkpoint in `folder` as a causal language model, in `dtype` (float32 for training: master weights).
+
+    `rope_theta` and `max_position_embeddings` replace the checkpoint's before the model is built; the live frequencies
+    are then held against the configuration. Raises Refusal where the folder is no checkpoint, a weight is missing, or
+    the model keeps its RoPE elsewhere.
+    """
+    config = load_config(folder)
+    if rope_theta is not None:
+        parameters = dict(getattr(config, "rope_parameters", None) or {})
+        if "rope_theta" not in parameters:
+            raise Refusal(
+                f"{folder}: {config.model_type} has no rope_parameters.rope_theta to set; leave this stage out"
+            )
+        if parameters.get("rope_type", "default") != "default":
+            raise Refusal(
+                f"{folder}: rope_type is {parameters['rope_type']}; train from a checkpoint without scaling"
+            )
+        config.rope_parameters = {**parameters, "rope_theta": float(rope_theta)}
+    if max_position_embeddings is not None:
+        config.max_position_embeddings = max_position_embeddings
+    attention.register()
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+    )
+    lost = (
+        sorted(info["missing_keys"])
+        + sorted(info["unexpected_keys"])
+        + sorted(map(str, info["mismatched_keys"]))
+    )
+    if lost:
+        raise Refusal(
+            f"{folder}: weights do not fit config.json ({lost[0]} and {len(lost) - 1} more); mend the checkpoint"
+        )
+    check_rope(model)
+    return model
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """config.json of a checkpoint; Refusal where it is missing or unreadable."""
+    if not (folder / "config.json").is_file():
+        raise Refusal(f"{folder}: no config.json, so no Hugging Face checkpoint; mend the parent")
+    return AutoConfig.from_pretrained(folder)
+
+
+def inverse_frequencies(config: PreTrainedConfig) -> torch.Tensor:
+    """RoPE inverse frequencies that a default-type configuration asks for: theta ** (-2 i / head_dim), shape (D / 2,).
+
+    Source: RoFormer (Su et al., 2021), equation 15.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    return 1.0 / (config.rope_parameters["rope_theta"] ** exponent)
+
+
+def check_rope(model: PreTrainedModel) -> None:
+    """Live RoPE frequencies equal what config.json will say; Refusal with both where they differ."""
+    if (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") != "default":
+        return
+    wanted = inverse_frequencies(model.config)
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
+            live = buffer.detach().float().cpu()
+            if live.shape != wanted.shape or not torch.allclose(live, wanted, rtol=1e-5):
+                raise Refusal(
+                    f"{name}: live RoPE frequencies ({live[1]:.3e}, ...) are not those of theta "
+                    f"{model.config.rope_parameters['rope_theta']:g} ({wanted[1]:.3e}, ...)"
+                )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in a checkpoint; Refusal where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise Refusal(
+            f"{folder}: no loadable tokenizer ({str(error).splitlines()[0]}); save one there"
+        ) from None
+
+
+def missing_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
+    """Special tokens that a chat template writes and the vocabulary lacks as single tokens."""
+    wanted = set(re.findall(r"<\|\w+\|>|</?think>", template))
+    return sorted(token for token in wanted if token not in tokenizer.get_vocab())
+
+
+def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
+    """Add special tokens, each embedding row set to the mean of the old rows (in place; tied heads follow).
+
+    Source: "Vocabulary expansion" (Hewitt, 2021): the mean keeps the new token's logit from dominating.
+    """
+    new = [token for token in tokens if token not in tokenizer.get_vocab()]
+    if not new:
+        return
+    tokenizer.add_tokens(
+        [AddedToken(token, special=token.startswith("<|"), normalized=False) for token in new]
+    )
+    ids = tokenizer.convert_tokens_to_ids(new)
+    old_rows = model.get_input_embeddings().weight.shape[0]
+    if max(ids) >= old_rows:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    weights = {
+        id(one.weight): one.weight for one in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    with torch.no_grad():
+        for weight in weights.values():
+            weight[ids] = weight[:old_rows].mean(0)
+
+
+def set_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Make the checkpoint a chat model: the template saved with it, `<|im_end|>` ends a turn and generation."""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ends = [end, *_as_list(model.generation_config.eos_token_id if model.generation_config else None)]
+    ends += _as_list(model.config.eos_token_id)
+    tokenizer.chat_template = template
+    tokenizer.eos_token = "<|im_end|>"
+    model.config.eos_token_id = end
+    if tokenizer.pad_token_id is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=list(dict.fromkeys(ends)),
+        pad_token_id=model.config.pad_token_id,
+    )
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a plain Hugging Face checkpoint and read its shape back: every tensor there, of its size, all finite."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    check_saved(model, folder)
+
+
+def check_saved(model: PreTrainedModel, folder: Path) -> None:
+    """Every parameter is in the saved files with its shape and no NaN; RuntimeError otherwise."""
+    saved = tensor_names(folder)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    for name, parameter in model.named_parameters():
+        if name in tied and name not in saved:
+            continue
+        if saved.get(name) != list(parameter.shape):
+            raise RuntimeError(
+                f"{folder}: {name} was saved as {saved.get(name)}, wanted {list(parameter.shape)}"
+            )
+        if not torch.isfinite(parameter).all():
+            raise RuntimeError(f"{folder}: {name} has values that are not finite: training diverged")
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint: those of the index, or every .safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    return sorted(folder.glob("*.safetensors"))
+
+
+def tensor_names(folder: Path) -> dict[str, list[int]]:
+    """Tensor name -> shape of a saved checkpoint, from the files' headers."""
+    from safetensors import safe_open
+
+    found: dict[str, list[int]] = {}
+    for path in safetensors_files(folder):
+        with safe_open(path, framework="pt") as file:
+            found.update({name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
+    return found
+
+
+def build_model(
+    parameters: dict[str, Any], *, vocab_size: int, token_ids: dict[str, int], attn_implementation: str
+) -> PreTrainedModel:
+    """A freshly initialised SmolLM3 from configuration keys; Refusal where the configuration refuses them."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    attention.register()
+    try:
+        known = SmolLM3Config()
+        for key in parameters:
+            if not hasattr(known, key):
+                raise Refusal(f"model.{key}: SmolLM3Config has no such key; see its documentation")
+        config = SmolLM3Config(vocab_size=vocab_size, **token_ids, **parameters)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise Refusal(f"model: {str(error).strip().splitlines()[0]}; mend the recipe") from None
+    config._attn_implementation = attn_implementation
+    return SmolLM3ForCausalLM(config)

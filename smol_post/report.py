@@ -1,0 +1,411 @@
+"""Manifests, training logs and evals of one run root -> report.html (self-contained) and report.md.
+
+    runs/tiny/<run>/manifest.json, train_log.jsonl     what was done
+    runs/tiny/evals/<checkpoint>.json                  what it can do
+      | read_points    a Point for each run, in the order given; merge_soup stands before merge
+      | ..._table      every number becomes a Cell once, and both files print the same cells
+      | draw_...       matplotlib -> inline SVG whose colours are CSS variables (dark mode)
+      v report.html, report.md
+
+Nothing is guessed: a run without manifest is "not run", a metric that was not measured is a dash, and evals
+of a checkpoint that is no longer there are marked and never called best.
+"""
+
+import html
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smol_post.config import Refusal
+
+PURPOSE = {
+    "base": "Trains the tokenizer and a small model from nothing, at short length.",
+    "long_context": "Raises the RoPE base and the sequence length, to find things further back.",
+    "mid": "Teaches chat form and step-by-step reasoning on long traces, with loss on all tokens.",
+    "sft": "Teaches both modes, with and without thinking, and tools, with loss on assistant turns only.",
+    "apo": "Moves probability from rejected to chosen answers (APO-zero), in both modes.",
+    "merge": "Averages the APO checkpoints, then mixes in a little of the long-context checkpoint.",
+}
+GROUPS = {  # prefixes of metric names, in the order of the columns
+    "needle retrieval": ("needle",),
+    "two modes": ("think_greedy", "no_think_greedy", "think", "no_think", "mode_think", "mode"),
+    "other": ("",),
+}
+LOWER_IS_BETTER = ("perplexity", "loss", "nll")
+NEEDLE_PLOT_STAGES = ("base", "long_context", "sft", "merge")  # nine lines would hide each other
+SAMPLES_PER_MODE = 2
+DASH, PLUS_MINUS = "\u2013", "\u00b1"
+INK, GRID = "#01fe02", "#01fe03"  # stand-ins, replaced by CSS variables in the SVG
+SERIES = [f"#02fe{number:02x}" for number in range(1, 9)]
+CSS_OF = {INK: "var(--ink)", GRID: "var(--grid)"} | {c: f"var(--s{n})" for n, c in enumerate(SERIES, 1)}
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "smol_post", "text.parse_math": False, "font.size": 10.5,
+    "text.color": INK, "axes.edgecolor": GRID, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "grid.color": GRID, "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
+    "axes.spines.right": False, "legend.frameon": False, "xtick.major.size": 0, "ytick.major.size": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of a table: `small` stands under the text in HTML and after it in Markdown."""
+
+    text: str
+    small: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells; the first `num_text_columns` are set left, numbers right; `groups` span the columns."""
+
+    columns: list[str]
+    rows: list[list[Cell]]
+    num_text_columns: int = 1
+    groups: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Point:
+    """A checkpoint: a run of the chain, or (`is_run` false) the soup inside a merge, which only has evals."""
+
+    name: str
+    is_run: bool
+    manifest: dict[str, Any]
+    evals: dict[str, Any]
+    log: list[dict[str, Any]]
+    stage: str
+    parents: dict[str, str]  # name -> digest as recorded
+
+    @property
+    def note(self) -> str:
+        """Why its numbers are missing or must not be trusted; "" if all is well."""
+        if self.is_run and not self.manifest:
+            return "not run"
+        stale = self.is_run and self.evals.get("checkpoint_digest") != self.manifest.get("digest")
+        return "no evals" if not self.evals else "evals of another checkpoint" if stale else ""
+
+    def metric(self, name: str, key: str = "value") -> float | None:
+        """The value (or stderr) of a metric; None where it was not measured or the run is not there."""
+        metrics = {} if self.note == "not run" else self.evals.get("metrics") or {}
+        return (metrics.get(name) or {}).get(key)
+
+    def counts(self) -> dict[str, Any]:
+        """What the manifest says of the data; empty for a merge."""
+        return self.manifest.get("data") or {}
+
+
+def read_points(run_root: Path, runs: Sequence[str]) -> list[Point]:
+    """All checkpoints in the order of the chain; evals named `<run>_...` stand before a whole run."""
+    points = []
+    for name in runs:
+        manifest = _read_json(run_root / name / "manifest.json")
+        for path in sorted((run_root / "evals").glob(f"{name}_*.json")) if manifest else []:
+            if path.stem not in runs:
+                evals = _read_json(path)
+                points.append(Point(path.stem, False, {}, evals, [], evals.get("stage") or "", {}))
+        evals = _read_json(run_root / "evals" / f"{name}.json")
+        log = _read_log(run_root / name / "train_log.jsonl") if manifest else []
+        parents = {Path(p["path"]).name: p.get("digest") or "" for p in manifest.get("parents") or []}
+        stage = manifest.get("stage") or evals.get("stage") or ""
+        points.append(Point(name, True, manifest, evals, log, stage, parents))
+    return points
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return _parse(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise Refusal(f"{where}: not JSON ({error}); remove the file and run its stage again") from None
+    if not isinstance(value, dict):
+        raise Refusal(f"{where}: found a {type(value).__name__}, wanted a JSON object; run its stage again")
+    return value
+
+
+def number(value: Any) -> str:
+    """12345 -> 12,345; 0.98312 -> 0.983; 0.00002 -> 2e-05; 2048.71 -> 2,048.7; None -> a dash."""
+    if not isinstance(value, int | float):
+        return DASH if value is None else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.2g}" if 0 < abs(value) < 0.001 else f"{value:,.{1 if abs(value) >= 100 else 3}f}"
+
+
+def duration(seconds: float | None) -> str:
+    """41.2 -> 41 s; 62 -> 1 min 2 s; 3700 -> 1 h 1 min."""
+    if seconds is None:
+        return DASH
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def short(digest: str | None) -> str:
+    """The first eight digits of a digest, enough to compare by eye."""
+    return (digest or "").removeprefix("sha256:")[:8] or DASH
+
+
+def metric_names(points: list[Point]) -> list[str]:
+    """Every metric that any checkpoint has; the order depends on the names alone, needles by length."""
+    names = {name for p in points for name in p.evals.get("metrics") or {} if p.metric(name) is not None}
+    return sorted(names, key=_rank)
+
+
+def _rank(name: str) -> tuple[int, int, int, str]:
+    group, prefixes = next((n, g) for n, g in enumerate(GROUPS.values()) if name.startswith(g))
+    prefix = next(n for n, prefix in enumerate(prefixes) if name.startswith(prefix))
+    return group, prefix, int((re.findall(r"\d+", name) or [0])[-1]), name
+
+
+def metric_table(points: list[Point]) -> Table:
+    """Checkpoints by metrics, value and standard error, the best of each column marked."""
+    names = metric_names(points)
+    rows = [[Cell(point.name, point.note)] for point in points]
+    for name in names:
+        best = _best(points, name)
+        for point, row in zip(points, rows, strict=True):
+            value, error = point.metric(name), point.metric(name, "stderr")
+            is_best = None not in (value, best) and not point.note and number(value) == best
+            row.append(
+                Cell(number(value), f"{PLUS_MINUS} {number(error)}" if error is not None else "", is_best)
+            )
+    groups = [(title, sum(_rank(n)[0] == index for n in names)) for index, title in enumerate(GROUPS)]
+    return Table(["checkpoint", *names], rows, groups=(("", 1), *(g for g in groups if g[1])))
+
+
+def _best(points: list[Point], name: str) -> str | None:
+    """The best value as printed, so that ties are all marked; None where nothing differs."""
+    known = [value for p in points if not p.note and (value := p.metric(name)) is not None]
+    values = [value for value in known if math.isfinite(value)]
+    lower = any(word in name for word in LOWER_IS_BETTER)
+    return number((min if lower else max)(values)) if len({number(value) for value in values}) > 1 else None
+
+
+def chain_table(runs: list[Point]) -> Table:
+    """The runs in order, with what each was made from."""
+    rows, now = [], {run.name: run.manifest["digest"] for run in runs if run.manifest.get("digest")}
+    for run in runs:
+        changed = [name for name, digest in run.parents.items() if now.get(name, digest) != digest]
+        note = f"built from another {', '.join(changed)}" if changed else ""
+        texts = [run.stage or DASH, ", ".join(run.parents) or DASH, short(run.manifest.get("digest")),
+                 number(run.manifest.get("seed")), duration(run.manifest.get("seconds"))]  # fmt: skip
+        rows.append([Cell(run.name, note if run.manifest else "not run"), *map(Cell, texts)])
+    return Table(["run", "stage", "from", "digest", "seed", "time"], rows, num_text_columns=4)
+
+
+def levels(runs: list[Point]) -> list[list[Point]]:
+    """The chain as columns: runs equally far from the start stand in one column (the seeds of APO)."""
+    depth: dict[str, int] = {}
+    for run in runs:
+        unknown = 0 if run.manifest else 1 + max(depth.values(), default=-1)  # not run: parents not known
+        depth[run.name] = max((1 + depth[name] for name in run.parents if name in depth), default=unknown)
+    return [[run for run in runs if depth[run.name] == d] for d in sorted(set(depth.values()))]
+
+
+def work_table(runs: list[Point]) -> Table:
+    """What each run consumed."""
+    of_data = {"documents": "num_documents", "tokens": "num_tokens", "trained tokens": "num_trained_tokens",
+               "packs": "num_packs", "pack use": "utilisation", "truncated": "num_truncated_rows",
+               "dropped": "num_dropped_rows"}  # fmt: skip
+    of_metrics = {"steps": "num_steps", "train loss": "train_loss"}
+    rows = []
+    for run in runs:
+        metrics, counts = run.manifest.get("metrics") or {}, run.counts()
+        values = [*map(counts.get, of_data.values()), *map(metrics.get, of_metrics.values())]
+        cells = [*map(Cell, map(number, values)), Cell(duration(run.manifest.get("seconds")))]
+        rows.append([Cell(run.name, "" if run.manifest else "not run"), *cells])
+    return Table(["run", *of_data, *of_metrics, "time"], rows)
+
+
+def ledger_table(runs: list[Point], kind: str) -> Table:
+    """Rows and tokens of each run by source or by mode."""
+    rows = []
+    for run in runs:
+        for position, (name, counts) in enumerate((run.counts().get(f"by_{kind}") or {}).items()):
+            values = map(counts.get, ("num_rows", "num_tokens", "num_trained_tokens"))
+            rows.append([Cell("" if position else run.name), Cell(name), *map(Cell, map(number, values))])
+    return Table(["run", kind, "rows", "tokens", "trained tokens"], rows, num_text_columns=2)
+
+
+def origin_tables(runs: list[Point]) -> dict[str, Table]:
+    """Versions of the libraries (all of them where runs differ) and the full digests."""
+    versions: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for package, version in (run.manifest.get("versions") or {}).items():
+            versions.setdefault(package, {})[str(version)] = None
+    packages = [[Cell(package), Cell(", ".join(found))] for package, found in versions.items()]
+    digests = [[Cell(r.name), Cell(r.manifest.get("digest") or "not run"),
+                Cell(r.counts().get("fingerprint") or DASH)] for r in runs]  # fmt: skip
+    names = ["run", "checkpoint digest", "data fingerprint"]
+    return {"Versions": Table(["package", "version"], packages, 2), "Digests": Table(names, digests, 3)}
+
+
+def summary(points: list[Point]) -> str:
+    """A paragraph made from the numbers: each key metric where it starts, is best and ends."""
+    runs = [p for p in points if p.is_run]
+    missing = [p.name for p in runs if not p.manifest]
+    tokens = sum(p.counts().get("num_tokens") or 0 for p in runs)
+    text = f"{len(runs) - len(missing)} of {len(runs)} runs are whole: {number(tokens)} tokens"
+    text += f" in {duration(sum(p.manifest.get('seconds') or 0 for p in runs))}."
+    text += f" Not run: {', '.join(missing)}." if missing else ""
+    needles = [name for name in metric_names(points) if _rank(name)[0] == 0]
+    for name in [*needles[-1:], "think_greedy", "no_think_greedy", "preference_accuracy"]:
+        known = {p.name: value for p in points if not p.note and (value := p.metric(name)) is not None}
+        ends = {*list(known)[:1], *list(known)[-1:], max(known, key=known.__getitem__, default="")}
+        said = [f"{number(value)} ({where})" for where, value in known.items() if where in ends]
+        text += f" {name.replace('_', ' ').capitalize()}: {', '.join(said)}." if said else ""
+    return text
+
+
+def draw_loss(axes: Any, runs: list[Point]) -> bool:
+    """Training loss by step of one run; False where nothing was logged."""
+    entries = [entry for entry in runs[0].log if entry.get("loss") is not None]
+    steps = [entry.get("step", position) for position, entry in enumerate(entries)]
+    axes.plot(steps, [e["loss"] for e in entries], color=SERIES[0], marker="." if len(steps) == 1 else "")
+    axes.set_xlabel("step")
+    return bool(entries)
+
+
+def draw_needle(axes: Any, points: list[Point]) -> bool:
+    """Needle accuracy by length, one line a checkpoint, lengths equally far apart."""
+    names = [name for name in metric_names(points) if re.fullmatch(r"needle_\d+x", name)]
+    points = [p for p in points if p.stage in NEEDLE_PLOT_STAGES]
+    points = [p for p in points if any(p.metric(name) is not None for name in names)]
+    for index, point in enumerate(points):
+        known = [(x, point.metric(name), point.metric(name, "stderr") or 0) for x, name in enumerate(names)]
+        xs, values, errors = zip(*(entry for entry in known if entry[1] is not None), strict=True)
+        look = {"color": SERIES[index % 8], "marker": "osD^vP*X"[index % 8], "ls": "-" if index < 8 else "--"}
+        axes.errorbar(xs, values, errors, label=point.name, **look)
+    axes.set(xticks=range(len(names)), xticklabels=[name.removeprefix("needle_") for name in names])
+    axes.set(ylim=(0, 1.03), xlabel="length, in multiples of the base's", ylabel="accuracy")
+    return bool(points)
+
+
+def draw_modes(axes: Any, points: list[Point]) -> bool:
+    """Accuracy with and without thinking, one group of bars a checkpoint."""
+    names = [name for name in metric_names(points) if name.startswith(("think", "no_think"))]
+    points = [p for p in points if any(p.metric(name) is not None for name in names)]
+    height = 0.84 / max(len(names), 1)
+    look = {"error_kw": {"ecolor": INK, "elinewidth": 0.8}, "height": height * 0.9}
+    for index, name in enumerate(names):
+        rows = [row + (index - (len(names) - 1) / 2) * height for row in range(len(points))]
+        values, errors = ([p.metric(name, key) for p in points] for key in ("value", "stderr"))
+        widths, spans = ([found or 0 for found in column] for column in (values, errors))
+        bars = axes.barh(rows, widths, xerr=spans, label=name, color=SERIES[index % 8], **look)
+        axes.bar_label(bars, ["" if v is not None else " not measured" for v in values], fontsize=8)
+    axes.set(yticks=range(len(points)), yticklabels=[p.name for p in points])
+    axes.set(xlim=(0, 1.03), xlabel="accuracy")
+    axes.invert_yaxis()
+    return bool(points)
+
+
+def plot(draw: Callable[[Any, list[Point]], bool], points: list[Point], name: str) -> str:
+    """An SVG to set into a page, in the page's colours and font; "" where there is nothing to draw."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    with matplotlib.style.context(["default", STYLE]):
+        figure = Figure(figsize=(3.3, 1.9) if draw is draw_loss else (4.7, 4.1), layout="constrained")
+        axes, file = figure.subplots(), io.StringIO()
+        if not draw(axes, points):
+            return ""
+        if axes.get_legend_handles_labels()[0]:
+            figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+        figure.savefig(file, format="svg", transparent=True)
+    svg = file.getvalue()[file.getvalue().index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|font-family: [^;\"]*;?", "", svg, flags=re.S)
+    svg = re.sub(r'xmlns(:\w+)?="[^"]*"|(width|height)="[\d.]+pt"', "", svg)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)  # ids of several plots must not meet
+    for stand_in, variable in CSS_OF.items():
+        svg = svg.replace(stand_in, variable)
+    label = html.escape(f"{draw.__doc__} {', '.join(p.name for p in points)}")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def samples(point: Point) -> list[dict[str, Any]]:
+    """The first few transcripts of each mode."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for sample in point.evals.get("samples") or []:
+        found.setdefault(str(sample.get("mode")), []).append(sample)
+    return [sample for of_mode in found.values() for sample in of_mode[:SAMPLES_PER_MODE]]
+
+
+def commands(run_root: Path, runs: list[Point]) -> list[str]:
+    """What to type to make this run root again."""
+    files = [run.manifest["recipe_file"] for run in runs if run.manifest.get("recipe_file")]
+    folder = Path(files[0] if files else "recipes/tiny/base.yaml").parent.as_posix()
+    make, run, place = "make pipeline", f"smol-post run {folder}", run_root.as_posix()
+    if folder != "recipes/tiny":
+        make += f" RECIPE={folder}"
+    return [make, run] if place == "runs/tiny" else [f"{make} RUN={place}", f"{run} --run-dir {place}"]
+
+
+def to_markdown(table: Table) -> str:
+    """A GitHub table; the best in bold."""
+
+    def line(row: list[Cell]) -> str:
+        texts = [_markdown(f"{cell.text} {cell.small}") for cell in row]
+        return " | ".join(f"**{t}**" if cell.best else t for t, cell in zip(texts, row, strict=True))
+
+    rule = " | ".join(":--" if n < table.num_text_columns else "--:" for n in range(len(table.columns)))
+    lines = [line([Cell(column) for column in table.columns]), rule, *map(line, table.rows)]
+    return "\n".join(f"| {text} |" for text in lines)
+
+
+def _markdown(text: str) -> str:
+    return re.sub(r"([|\[`])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def write_report(run_root: Path, *, runs: Sequence[str]) -> tuple[Path, Path]:
+    """Write report.html and report.md beside the runs; `runs` in the order of the chain."""
+    import jinja2
+
+    points = read_points(run_root, runs)
+    chain = [point for point in points if point.is_run]
+    if not any(run.manifest for run in chain):
+        named = ", ".join(runs) or "no names given"
+        raise Refusal(f"{run_root}: no whole run ({named}), wanted at least one; run `make pipeline` first")
+    loss = {run.name: plot(draw_loss, [run], f"loss{position}") for position, run in enumerate(chain)}
+    measured = [point for point in points if not point.note]
+    plots = {
+        "Needle retrieval by length": plot(draw_needle, measured, "needle"),
+        "Thinking against not thinking": plot(draw_modes, measured, "modes"),
+    }
+    tables = {
+        "The chain": chain_table(chain), "What each checkpoint can do": metric_table(points),
+        "What each run consumed": work_table(chain), "Data by source": ledger_table(chain, "source"),
+        "Data by mode": ledger_table(chain, "mode"), **origin_tables(chain),
+    }  # fmt: skip
+    title, said, typed = f"smol_post: {run_root.name}", summary(points), commands(run_root, chain)
+    folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    rules = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    page = jinja2.Environment(loader=folder, autoescape=True, **rules).get_template("report.html.jinja")
+    # fmt: off
+    values = {"title": title, "summary": said, "commands": typed, "tables": tables, "plots": plots,
+              "loss": loss, "chain": chain, "points": points, "levels": levels(chain), "purpose": PURPOSE,
+              "dash": DASH, "samples": samples, "duration": duration, "short": short, "dump": json.dumps}
+    # fmt: on
+    parts = [f"# {_markdown(title)}", _markdown(said)]
+    parts += [f"## {name}\n\n{to_markdown(table)}" for name, table in tables.items()]
+    parts += ["## Make it again\n\n```sh\n" + "\n".join(typed) + "\n```\n"]
+    paths = (run_root / "report.html", run_root / "report.md")
+    for path, text in zip(paths, (page.render(values), "\n\n".join(parts)), strict=True):
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    return paths

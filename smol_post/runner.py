@@ -1,0 +1,494 @@
+"""The life of a run: plan, claim, execute, write the manifest. The only main() of the stages.
+
+`accelerate launch smol_post/apo.py --config R` runs the stage in the launched processes; `smol-post apo --config R` runs the
+same function in one child process a run, so that runs share nothing but files. Both doors end in `execute`.
+
+    recipe file + pipeline.yaml --plan--> [Job] --claim--> run directory --stage.run()--> checkpoint --manifest--> whole
+"""
+
+import argparse
+import fcntl
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from smol_post import config, manifest
+from smol_post.config import Refusal
+
+EXIT_OK, EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A checkpoint that a run consumes: as written in the pipeline, where it is, what it is."""
+
+    path: str
+    folder: Path
+    digest: str
+    stage: str | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to make."""
+
+    name: str
+    recipe: config.Recipe
+    recipe_file: Path
+    run_dir: Path
+    parent_paths: list[str]
+
+    def announce(self, text: str) -> None:
+        """Show a line of this run to the person who waits."""
+        say(f"{self.name}: {text}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The jobs asked for, and the whole pipeline they stand in (for missing parents)."""
+
+    jobs: list[Job]
+    pipeline: list[Job]
+    build_parents: bool
+
+
+def rank() -> int:
+    """This process's number among the launched ones; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def num_processes() -> int:
+    """How many processes the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def default_run_root(folder: Path) -> Path:
+    """`runs/<name of the recipe folder>` under the working directory."""
+    return Path("runs") / folder.resolve().name
+
+
+def make_plan(
+    where: Path,
+    *,
+    run_root: Path | None,
+    stage: str | None = None,
+    run: str | None = None,
+    arguments: list[str],
+) -> Plan:
+    """The jobs of `where`: a recipe folder (every run, or those of `stage`) or one recipe file (the runs that use it).
+
+    `arguments` are key=value overrides for the jobs asked for, not for their parents. Raises Refusal on a file that no
+    pipeline entry uses, a stage that does not fit, or an unknown `run`.
+    """
+    folder = where if where.is_dir() else where.parent
+    if not where.exists():
+        raise Refusal(f"{where}: no such file or folder; give a recipe such as recipes/tiny/sft.yaml")
+    pipeline = config.load_pipeline(folder)
+    entries = pipeline.runs
+    if where.is_file():
+        entries = [entry for entry in entries if (folder / entry.recipe).resolve() == where.resolve()]
+        if not entries:
+            raise Refusal(
+                f"{where}: no run of {folder / 'pipeline.yaml'} uses this recipe; add an entry for it there"
+            )
+    if stage is not None:
+        fitting = [entry for entry in entries if entry.stage == stage]
+        if not fitting:
+            raise Refusal(f"{where}: found no run of stage {stage}; stages here: {_stages(entries)}")
+        entries = fitting
+    if run is not None:
+        names = [entry.name for entry in entries]
+        if run not in names:
+            raise Refusal(f"--run {run}: no such run in {where}{config.did_you_mean(run, names)}")
+        entries = [entry for entry in entries if entry.name == run]
+    root = run_root or default_run_root(folder)
+    every = [_job(folder, entry, root, []) for entry in pipeline.runs]
+    jobs = [_job(folder, entry, root, arguments) for entry in entries] if arguments else None
+    wanted = {entry.name for entry in entries}
+    return Plan(jobs or [job for job in every if job.name in wanted], every, pipeline.build_parents)
+
+
+def _stages(entries: list[config.Entry]) -> str:
+    return ", ".join(sorted({entry.stage for entry in entries}))
+
+
+def _job(folder: Path, entry: config.Entry, root: Path, arguments: list[str]) -> Job:
+    recipe = config.load_entry(folder, entry, arguments=arguments)
+    return Job(entry.name, recipe, folder / entry.recipe, root / entry.name, entry.parents)
+
+
+def missing_parents(job: Job, pipeline: list[Job]) -> list[Job]:
+    """The runs of the pipeline that `job` needs and that are not whole, in order, their own parents first."""
+    found: list[Job] = []
+    for path in job.parent_paths:
+        if path.startswith("../"):
+            parent = next(one for one in pipeline if one.name == path[3:].split("/")[0])
+            if not manifest.is_whole(parent.run_dir):
+                found += [one for one in [*missing_parents(parent, pipeline), parent] if one not in found]
+    return found
+
+
+def resolve_parent(job: Job, path: str) -> Parent:
+    """Find, verify and digest one parent: a run of this pipeline, a folder, or a Hub id with `@revision`."""
+    if path.startswith("../"):
+        folder = job.run_dir.parent / path[3:]
+        root = job.run_dir.parent / path[3:].split("/")[0]
+        if not manifest.is_whole(root):
+            raise Refusal(
+                f"{job.run_dir}: parent {path} is not whole; make it first: smol-post run {job.recipe_file.parent} "
+                f"--run-dir {job.run_dir.parent} --until {path[3:].split('/')[0]}"
+            )
+        found = manifest.verify(root)
+        if folder.resolve() == root.resolve():
+            return Parent(path, root.resolve(), found["digest"], found["stage"])
+        return Parent(path, folder.resolve(), _folder_digest(path, folder), found["stage"])
+    if path.startswith(("/", "~")):
+        folder = Path(path).expanduser()
+        if manifest.is_whole(folder):
+            found = manifest.verify(folder)
+            return Parent(path, folder, found["digest"], found["stage"])
+        return Parent(path, folder, _folder_digest(path, folder), None)
+    return _hub_parent(path)
+
+
+def _folder_digest(path: str, folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        raise Refusal(
+            f"parent {path}: {folder} has no config.json, so it is no Hugging Face checkpoint; mend the path"
+        )
+    return manifest.content_digest(manifest.content_files(folder))
+
+
+def _hub_parent(path: str) -> Parent:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repository, _, revision = path.partition("@")
+    try:
+        folder = Path(
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refusal(
+            f"parent {path}: could not be had from the Hub ({reason}); check the name and the network, or give an "
+            "absolute folder"
+        ) from None
+    return Parent(path, folder, f"hub:{repository}@{folder.name}", None)
+
+
+def fingerprint(job: Job, parents: list[Parent]) -> str:
+    """What decides a run's outcome: resolved recipe, parents' digests, local data files, the package's version."""
+    recipe = job.recipe.model_dump()
+    files: dict[str, str] = {}
+    for source in recipe.get("sources", []):
+        if source["path"] and config.is_local(source["path"]):
+            path = config.local_path(source["path"], job.recipe_file.parent)
+            if not path.exists():
+                raise Refusal(
+                    f"{job.recipe_file}: sources: '{source['name']}': {path} does not exist; mend the path (relative "
+                    "paths count from the recipe's folder)"
+                )
+            each = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+            files.update({str(one): manifest.digest_file(one) for one in each})
+    content = {"stage": job.recipe.stage, "recipe": recipe, "parents": [one.digest for one in parents]}
+    return manifest.digest_tree({**content, "files": sorted(files.values()), "smol_post": _version()})
+
+
+def _version() -> str:
+    from smol_post import __version__
+
+    return __version__
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every leaf in which two recipes differ.
+
+    >>> differences({"a": {"b": 1}}, {"a": {"b": 2}})
+    ['a.b: 1 -> 2']
+    """
+    found: list[str] = []
+    for key in sorted({*old, *new}):
+        left, right = old.get(key), new.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(
+                f"{prefix}{key}: {left} -> {right}" if len(f"{left}{right}") < 80 else f"{prefix}{key}"
+            )
+    return found
+
+
+def claim(job: Job, parents: list[Parent], print_id: str) -> TextIO | None:
+    """Take the run directory for this very recipe: new, or an unfinished run of the same fingerprint to resume.
+
+    Returns the held lock, or None where the run is whole already and its fingerprint still holds. Raises Refusal where the
+    directory holds another recipe's run or anything else: nothing is written over.
+    """
+    state_path = job.run_dir / manifest.STATE
+    if manifest.is_whole(job.run_dir):
+        old = manifest.read_manifest(job.run_dir)
+        if old["fingerprint"] == print_id:
+            return None
+        raise _other_recipe(job, old, parents, "whole")
+    if job.run_dir.exists() and any(job.run_dir.iterdir()):
+        if not state_path.is_file():
+            raise Refusal(
+                f"{job.run_dir}: exists and is no run of ours; choose another --run-dir or remove it"
+            )
+        import json
+
+        old = json.loads(state_path.read_text())
+        if old["fingerprint"] != print_id:
+            raise _other_recipe(job, old, parents, "unfinished")
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    lock = (job.run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise Refusal(f"{job.run_dir}: another process is making this run; wait for it or stop it") from None
+    record(job, parents, print_id, "running")
+    return lock
+
+
+def _other_recipe(job: Job, old: dict[str, Any], parents: list[Parent], state: str) -> Refusal:
+    changed = differences(old.get("recipe", {}), job.recipe.model_dump())
+    if [one["digest"] for one in old.get("parents", [])] != [one.digest for one in parents]:
+        changed.append("parents have other contents")
+    what = "; ".join(changed[:3]) or "data files or the package's version"
+    return Refusal(
+        f"{job.run_dir}: holds a {state} run of something else ({what}); remove it to make it again, or choose another "
+        "--run-dir"
+    )
+
+
+def record(job: Job, parents: list[Parent], print_id: str, status: str, message: str = "") -> None:
+    """Write `state.json`: what this directory is being used for, and how it went."""
+    manifest.write_json(
+        job.run_dir / manifest.STATE,
+        {
+            "run": job.name,
+            "stage": job.recipe.stage,
+            "status": status,
+            "message": message,
+            "fingerprint": print_id,
+            "recipe": job.recipe.model_dump(),
+            "parents": [{"path": one.path, "digest": one.digest} for one in parents],
+            "time": manifest.now(),
+        },
+    )
+
+
+def execute(job: Job) -> int:
+    """Make one run in this process (one of the launched ones, or alone). Returns the exit code; prints at most one line."""
+    if rank() != 0:
+        if manifest.is_whole(job.run_dir):
+            return EXIT_OK
+        return _guarded(job, [], "", None)
+    parents: list[Parent] = []
+    try:
+        parents = [resolve_parent(job, path) for path in job.parent_paths]
+        print_id = fingerprint(job, parents)
+        lock = claim(job, parents, print_id)
+    except Refusal as refusal:
+        return refuse(refusal)
+    if lock is None:
+        say(f"{job.name}: whole already, kept: {job.run_dir}")
+        return EXIT_OK
+    with lock:
+        return _guarded(job, parents, print_id, time.monotonic())
+
+
+def _guarded(job: Job, parents: list[Parent], print_id: str, started: float | None) -> int:
+    """Run the stage and write down how it went: whole, refused, interrupted or failed."""
+    status, message, code = "failed", "", EXIT_FAILED
+    try:
+        if started is None:
+            parents = [resolve_parent(job, path) for path in job.parent_paths]
+        stage = importlib.import_module(f"smol_post.{job.recipe.stage}")
+        outcome = stage.run(job.recipe, parents, job)
+        if started is not None:
+            _finish(job, parents, print_id, outcome, time.monotonic() - started)
+        return EXIT_OK
+    except Refusal as refusal:
+        status, message, code = "refused", str(refusal), EXIT_REFUSED
+        if started is not None:
+            refuse(refusal)
+    except KeyboardInterrupt:
+        status, code = "interrupted", EXIT_INTERRUPTED
+        message = f"{job.name}: interrupted; the same command resumes from the last whole checkpoint"
+        if started is not None:
+            say(message, error=True)
+    except Exception as error:  # noqa: BLE001  the last door: whatever it was is written down, then shown in full
+        message = f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+    if started is not None:
+        record(job, parents, print_id, status, message)
+    return code
+
+
+def _finish(job: Job, parents: list[Parent], print_id: str, outcome: dict[str, Any], seconds: float) -> None:
+    """Digest what was written and write the manifest last."""
+    files = manifest.content_files(job.run_dir)
+    manifest.write_json(
+        job.run_dir / manifest.MANIFEST,
+        {
+            "schema": manifest.SCHEMA,
+            "run": job.name,
+            "stage": job.recipe.stage,
+            "recipe_file": str(job.recipe_file),
+            "recipe": job.recipe.model_dump(),
+            "fingerprint": print_id,
+            "parents": [{"path": one.path, "digest": one.digest, "stage": one.stage} for one in parents],
+            "data": outcome.get("data"),
+            "metrics": outcome.get("metrics", {}),
+            "versions": manifest.versions(),
+            "seed": job.recipe.seed,
+            "num_processes": num_processes(),
+            "seconds": round(seconds, 1),
+            "finished": manifest.now(),
+            "files": files,
+            "digest": manifest.content_digest(files),
+        },
+    )
+    (job.run_dir / manifest.STATE).unlink()
+    (job.run_dir / ".lock").unlink()
+    say(f"{job.name}: whole after {seconds:.0f} s: {job.run_dir}")
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """One line for a person, from the first process only."""
+    if rank() == 0:
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def refuse(refusal: Refusal) -> int:
+    """Print a refusal as its one line; the exit code for it."""
+    say(f"refused: {refusal}", error=True)
+    return EXIT_REFUSED
+
+
+def order(plan: Plan) -> list[Job]:
+    """The jobs of a plan with the missing parents first, where the recipe and the launch allow building them."""
+    found: list[Job] = []
+    for job in plan.jobs:
+        asked = {one.name for one in [*plan.jobs]}
+        for parent in missing_parents(job, plan.pipeline):
+            if parent.name in asked or parent in found:
+                continue
+            if not plan.build_parents or num_processes() > 1:
+                why = (
+                    "never inside a multi-process launch"
+                    if plan.build_parents
+                    else "build_parents is not set"
+                )
+                raise Refusal(
+                    f"{job.run_dir}: parent {parent.name} is not whole and is not built here ({why}); make it first: "
+                    f"smol-post run {job.recipe_file.parent} --run-dir {job.run_dir.parent} --until {parent.name}"
+                )
+            found.append(parent)
+        found.append(job)
+    return found
+
+
+def execute_all(jobs: list[Job], *, separate: bool) -> int:
+    """Make the runs one after another; stop at the first that does not succeed.
+
+    `separate`: each in a child process of its own, forked from a server that has imported the libraries once.
+    """
+    if not separate:
+        for job in jobs:
+            if code := execute(job):
+                return code
+        return EXIT_OK
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["datasets", "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer"])
+    for job in jobs:
+        child = context.Process(target=_child, args=(job,))
+        child.start()
+        try:
+            child.join()
+        except KeyboardInterrupt:
+            child.join()
+        code = child.exitcode if child.exitcode is not None else EXIT_FAILED
+        if code:
+            return 128 - code if code < 0 else code
+    return EXIT_OK
+
+
+def _child(job: Job) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(execute(job))
+
+
+def parser(program: str, *, stage: str | None) -> argparse.ArgumentParser:
+    """The arguments every stage command takes."""
+    made = argparse.ArgumentParser(prog=program, allow_abbrev=False)
+    made.add_argument("recipe", nargs="?", help="recipe file or recipe folder")
+    made.add_argument("--config", help="the same, as an option")
+    made.add_argument("--run-dir", help="where the runs go (default: runs/<recipe folder>)")
+    if stage:
+        made.add_argument("--run", help="which run, where several use the recipe")
+    made.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe keys to set, e.g. num_steps=10"
+    )
+    return made
+
+
+def parse(made: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Arguments with key=value pairs in any place; the recipe plain or as --config."""
+    arguments, rest = made.parse_known_args(argv)
+    words = [word for word in [arguments.recipe, *arguments.overrides, *rest] if word is not None]
+    unknown = [word for word in words if word.startswith("-")]
+    if unknown:
+        raise Refusal(f"argument {unknown[0]}: unknown option; see {made.prog} --help")
+    pairs = [word for word in words if "=" in word and not Path(word).exists()]
+    plain = [word for word in words if word not in pairs]
+    if arguments.config:
+        plain = [arguments.config, *plain]
+    if len(plain) > 1:
+        raise Refusal(f"argument {plain[1]}: wanted key=value (one recipe is given already: {plain[0]})")
+    arguments.recipe = plain[0] if plain else None
+    return arguments, pairs
+
+
+def stage_command(stage: str, argv: list[str], *, program: str, separate: bool) -> int:
+    """One stage from the command line: `[--config] RECIPE [--run NAME] [--run-dir DIR] [key=value ...]`."""
+    try:
+        arguments, pairs = parse(parser(program, stage=stage), argv)
+        if arguments.recipe is None:
+            return refuse(
+                Refusal(
+                    f"no recipe given; type: accelerate launch --config_file recipes/accelerate/cpu.yaml "
+                    f"smol_post/{stage}.py --config recipes/tiny/{'long_context_1' if stage == 'long_context' else stage}"
+                    ".yaml"
+                )
+            )
+        root = Path(arguments.run_dir) if arguments.run_dir else None
+        plan = make_plan(
+            Path(arguments.recipe), run_root=root, stage=stage, run=arguments.run, arguments=pairs
+        )
+        jobs = order(plan)
+    except Refusal as refusal:
+        return refuse(refusal)
+    return execute_all(jobs, separate=separate)
+
+
+def main(stage: str) -> None:
+    """The door of `accelerate launch smol_post/<stage>.py`: runs in the launched process.
+
+    A script run by path is `__main__`; `execute` imports the stage by its name, so both doors run the same code.
+    """
+    sys.exit(stage_command(stage, sys.argv[1:], program=f"smol_post/{stage}.py", separate=False))

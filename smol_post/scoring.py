@@ -1,0 +1,204 @@
+"""What is measured on a checkpoint: needle retrieval, arithmetic in both modes, mode compliance, preferences.
+
+Every score is strict: the right answer, well formed, then stop. A metric is {"value", "stderr", "num"} with the binomial
+standard error sqrt(p (1 - p) / n).
+
+    think     "<think>\\n3+4=7\\n</think>\\n7<|im_end|>"   well formed; right if the answer after the block is 7
+    no_think  "7<|im_end|>"                              well formed: no think tag at all
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from smol_post import chat, synthetic
+
+Metric = dict[str, float]
+_THINK = re.compile(r"\s*<think>\s*\S.*?</think>(?P<answer>.*)", re.DOTALL)
+
+
+def share(hits: Sequence[bool]) -> Metric:
+    """A share with its standard error.
+
+    >>> share([True, True, False, True])
+    {'value': 0.75, 'stderr': 0.2165, 'num': 4}
+    """
+    value = sum(hits) / len(hits)
+    return {"value": round(value, 4), "stderr": round(math.sqrt(value * (1 - value) / len(hits)), 4), "num": len(hits)}
+
+
+def well_formed(text: str, mode: str, *, ended: bool) -> str | None:
+    """The answer of a generation that obeys its mode and stops; None where it does not.
+
+    think: one block with something in it, closed once, then text without tags; no_think: text without tags.
+
+    >>> well_formed("<think>\\n3+4=7\\n</think>\\n7", "think", ended=True), well_formed("7", "think", ended=True)
+    ('7', None)
+    """
+    if not ended:
+        return None
+    if mode == "think":
+        match = _THINK.fullmatch(text)
+        if match is None or text.count("<think>") != 1:
+            return None
+        text = match["answer"]
+    answer = text.strip()
+    return answer if answer and "<think>" not in answer and "</think>" not in answer else None
+
+
+@torch.no_grad()
+def needles(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_tokens: int,
+    num_questions: int,
+    seed: int,
+    batch_size: int,
+    options: dict[str, Any],
+) -> Metric:
+    """Share of questions about documents of `num_tokens` that greedy decoding answers right, all answer tokens.
+
+    Greedy decoding gives the wanted tokens exactly if each is the most likely one after those before it, so one forward
+    pass a batch suffices.
+    """
+    rows = synthetic.generate(
+        "needle_questions", num_rows=num_questions, seed=seed, num_tokens=num_tokens, **options
+    )
+    hits: list[bool] = []
+    questions = [
+        (
+            tokenizer(row["prompt"], add_special_tokens=False)["input_ids"],
+            tokenizer(row["answer"], add_special_tokens=False)["input_ids"],
+        )
+        for row in rows
+    ]
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
+        longest = max(len(prompt) + len(answer) for prompt, answer in batch)
+        rows_ids = [prompt + answer + [0] * (longest - len(prompt) - len(answer)) for prompt, answer in batch]
+        ids_BT = torch.tensor(rows_ids, device=lm.device)
+        logits_BTV = lm(input_ids=ids_BT, use_cache=False).logits
+        guessed_BT = logits_BTV.argmax(-1)
+        for row, (prompt, answer) in enumerate(batch):
+            first = len(prompt) - 1
+            hits.append(guessed_BT[row, first : first + len(answer)].tolist() == answer)
+    return share(hits)
+
+
+@torch.no_grad()
+def generate(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[tuple[str, bool]]:
+    """Continuations as (text, whether it ended with the end of turn), greedy without `temperature`.
+
+    Prompts are left-padded in batches of similar length; the order of the answers is that of the prompts.
+    """
+    torch.manual_seed(seed)
+    end = tokenizer.convert_tokens_to_ids(chat.END_OF_TURN)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    how = {"do_sample": False} if temperature is None else {
+        "do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0
+    }
+    found: dict[int, tuple[str, bool]] = {}
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        longest = max(len(prompts[index]) for index in batch)
+        padded = [[pad] * (longest - len(prompts[index])) + prompts[index] for index in batch]
+        mask = [[0] * (longest - len(prompts[index])) + [1] * len(prompts[index]) for index in batch]
+        output = lm.generate(
+            input_ids=torch.tensor(padded, device=lm.device),
+            attention_mask=torch.tensor(mask, device=lm.device),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=end,
+            pad_token_id=pad,
+            **how,
+        )
+        for index, row in zip(batch, output[:, longest:].tolist(), strict=True):
+            ended = end in row
+            found[index] = (tokenizer.decode(row[: row.index(end)] if ended else row), ended)
+    return [found[index] for index in range(len(prompts))]
+
+
+def arithmetic(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    mode: str,
+    num_questions: int,
+    seed: int,
+    date_string: str,
+    options: dict[str, Any],
+    num_samples: int,
+    **generation: Any,
+) -> tuple[Metric, Metric, list[dict[str, Any]]]:
+    """Strict accuracy on chained arithmetic in one mode, compliance with that mode, and a few transcripts.
+
+    Right means well formed and the answer exactly the expected text. The mode is asked for by `enable_thinking` or by a
+    flag in the system message (`flag_share` of `options`).
+    """
+    rows = list(
+        synthetic.generate(
+            "arithmetic_questions", num_rows=num_questions, seed=seed, enable_thinking=mode == "think", **options
+        )
+    )
+    prompts = [
+        tokenizer.apply_chat_template(
+            row["messages"],
+            add_generation_prompt=True,
+            return_dict=False,
+            date_string=date_string,
+            **row["chat_template_kwargs"],
+        )
+        for row in rows
+    ]
+    outputs = generate(lm, tokenizer, prompts, seed=seed, **generation)
+    answers = [well_formed(text, mode, ended=ended) for text, ended in outputs]
+    right = [answer == row["answer"] for answer, row in zip(answers, rows, strict=True)]
+    samples = [
+        {"mode": mode, "prompt": row["messages"][-1]["content"], "output": output[0], "right": hit}
+        for row, output, hit in zip(rows[:num_samples], outputs, right, strict=False)
+    ]
+    return share(right), share([answer is not None for answer in answers]), samples
+
+
+@torch.no_grad()
+def preferences(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_pairs: int,
+    seed: int,
+    batch_size: int,
+    date_string: str,
+    options: dict[str, Any],
+) -> Metric:
+    """Share of held-out pairs whose chosen answer has the higher log-probability (summed over its tokens)."""
+    rows = synthetic.generate("preference_pairs", num_rows=num_pairs, seed=seed, **options)
+    pairs = [chat.encode_pair(row, tokenizer, date_string=date_string) for row in rows]
+    sides = [(pair.prompt_ids, answer) for pair in pairs for answer in (pair.chosen_ids, pair.rejected_ids)]
+    scores: list[float] = []
+    for start in range(0, len(sides), batch_size):
+        batch = sides[start : start + batch_size]
+        longest = max(len(prompt) + len(answer) for prompt, answer in batch)
+        rows_ids = [prompt + answer + [0] * (longest - len(prompt) - len(answer)) for prompt, answer in batch]
+        ids_BT = torch.tensor(rows_ids, device=lm.device)
+        logits_BTV = lm(input_ids=ids_BT, use_cache=False).logits.float()
+        logp_BT = logits_BTV[:, :-1].log_softmax(-1).gather(-1, ids_BT[:, 1:, None])[..., 0]
+        for row, (prompt, answer) in enumerate(batch):
+            first = len(prompt) - 1
+            scores.append(logp_BT[row, first : first + len(answer)].double().sum().item())
+    return share([chosen > rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)])

@@ -1,0 +1,41 @@
+"""Dual-mode SFT: /think, /no_think and tools in our template, BFD packing, loss on assistant turns.
+
+Source: SmolLM3 launch post.
+
+    make sft
+    accelerate launch --config_file recipes/accelerate/cpu.yaml smol_post/sft.py --config recipes/tiny/sft.yaml
+"""
+
+from typing import Any
+
+from smol_post import runner
+from smol_post.config import SftRecipe
+
+
+def run(recipe: SftRecipe, parents: list[runner.Parent], job: runner.Job) -> dict[str, Any]:
+    """Train the parent on chats in both modes; returns the data ledger (by mode) and metrics."""
+    from smol_post import chat, model, training
+
+    (parent,) = parents
+    tokenizer = model.load_tokenizer(parent.folder)
+    text_end = recipe.text_end or tokenizer.eos_token
+    lm = model.load_model(parent.folder, attn_implementation=recipe.attention)
+    training.check_length(recipe, lm)
+    model.add_tokens(lm, tokenizer, recipe.add_tokens)
+    template = chat.load_template(recipe.chat_template)
+    model.set_chat(lm, tokenizer, template)
+    return training.train_on_packs(
+        recipe,
+        lm,
+        tokenizer,
+        template=template,
+        text_end=text_end,
+        folder=job.recipe_file.parent,
+        run_dir=job.run_dir,
+        num_processes=runner.num_processes(),
+        announce=job.announce,
+    )
+
+
+if __name__ == "__main__":
+    runner.main("sft")

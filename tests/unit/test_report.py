@@ -1,0 +1,297 @@
+"""The report shows what is on disk: nothing guessed, nothing loaded, nothing run in the reader's browser."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smol_post.config import Refusal
+from smol_post.report import commands, duration, number, read_points, write_report
+
+RUNS = ["base", "sft", "apo_seed0", "merge"]
+PARENTS = {"base": [], "sft": ["base"], "apo_seed0": ["sft"], "merge": ["apo_seed0", "base"]}
+METRICS: dict[str, dict[str, float]] = {
+    "base": {"needle_8x": 0.8125},
+    "sft": {"needle_8x": 0.25, "needle_16x": 0.125, "think_greedy": 0.953, "no_think_greedy": 0.2,
+            "perplexity": 3.5},
+    "apo_seed0": {"needle_8x": 0.25, "think_greedy": 0.953, "no_think_greedy": 0.0, "perplexity": 2.5},
+    "merge_soup": {"needle_8x": 0.2},
+    "merge": {"needle_8x": 0.5, "think_greedy": 0.9},
+}  # fmt: skip
+
+
+def digest(run: str) -> str:
+    return "sha256:" + run.encode().hex().ljust(64, "0")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def write_run(root: Path, run: str, **changes: Any) -> None:
+    counts = {"num_rows": 12, "num_tokens": 12345, "num_trained_tokens": 6789}
+    data = counts | {"num_documents": 12, "num_packs": 7, "utilisation": 0.987, "fingerprint": "f00d"}
+    data |= {"by_source": {"pairs": counts}, "by_mode": {"think": counts}}
+    parents = [{"path": f"../{name}", "digest": digest(name), "stage": name} for name in PARENTS[run]]
+    manifest = {
+        "schema": 1, "run": run, "stage": run.split("_")[0], "recipe": {"max_tokens": 64}, "parents": parents,
+        "recipe_file": f"recipes/tiny/{run}.yaml", "data": None if run == "merge" else data, "seed": 0,
+        "versions": {"torch": "2.13.0"}, "seconds": 62.0, "metrics": {"train_loss": 0.31, "num_steps": 40},
+        "digest": digest(run),
+    }  # fmt: skip
+    write_json(root / run / "manifest.json", manifest | changes)
+    if run != "merge":
+        lines = [json.dumps({"step": step, "loss": 3 / step}) for step in (10, 20, 30)]
+        (root / run / "train_log.jsonl").write_text("\n".join([*lines, '{"train_runtime": 3.5}']))
+
+
+def write_evals(root: Path, name: str, **changes: Any) -> None:
+    metrics = {metric: {"value": v, "stderr": 0.005, "num": 200} for metric, v in METRICS[name].items()}
+    samples = [{"mode": "think", "prompt": f"hello {name}", "output": "<think>1</think>2", "right": True}]
+    evals = {
+        "stage": name.split("_")[0],
+        "checkpoint_digest": digest(name),
+        "metrics": metrics,
+        "samples": samples,
+    }
+    write_json(root / "evals" / f"{name}.json", evals | changes)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for run in RUNS:
+        write_run(tmp_path, run)
+    for name in METRICS:
+        write_evals(tmp_path, name)
+    return tmp_path
+
+
+class Page(HTMLParser):
+    """Tables as rows of texts with the classes of their cells, all text, and every tag with attributes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.classes: list[list[str]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.in_cell = False
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+            self.classes.append([])
+        elif tag in ("td", "th"):
+            self.in_cell = True
+            self.rows[-1].append("")
+            self.classes[-1].append(dict(attrs).get("class") or "")
+        elif tag == "small":
+            self.rows[-1][-1] += " "
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_cell = self.in_cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.in_cell:
+            self.rows[-1][-1] += data
+
+    def metric(self, checkpoint: str, name: str) -> tuple[str, bool]:
+        """The text of one entry of the metric matrix, and whether it is marked as the best."""
+        head = next(n for n, row in enumerate(self.rows) if row[0].startswith("checkpoint") and name in row)
+        row = next(n for n in range(head, len(self.rows)) if self.rows[n][0].split(" ")[0] == checkpoint)
+        column = self.rows[head].index(name)
+        return self.rows[row][column], "best" in self.classes[row][column].split()
+
+
+def page_of(root: Path, runs: list[str] = RUNS) -> Page:
+    return Page(write_report(root, runs=runs)[0])
+
+
+def test_a_metric_is_shown_with_its_standard_error(root: Path) -> None:
+    assert page_of(root).metric("base", "needle_8x")[0] == "0.812 \u00b1 0.005"
+
+
+def test_a_metric_that_was_not_measured_is_a_dash_and_a_measured_zero_is_a_zero(root: Path) -> None:
+    page = page_of(root)
+    assert page.metric("base", "no_think_greedy") == ("\u2013", False)
+    assert page.metric("apo_seed0", "no_think_greedy")[0].startswith("0.000")
+
+
+def test_the_best_of_a_column_is_marked_and_ties_share_the_mark(root: Path) -> None:
+    page = page_of(root)
+    assert [page.metric(name, "needle_8x")[1] for name in METRICS] == [True, False, False, False, False]
+    assert [page.metric(name, "think_greedy")[1] for name in METRICS] == [False, True, True, False, False]
+
+
+def test_the_lowest_perplexity_is_the_best(root: Path) -> None:
+    page = page_of(root)
+    assert [page.metric(name, "perplexity")[1] for name in ("sft", "apo_seed0")] == [False, True]
+
+
+def test_a_lone_measurement_is_not_called_the_best(root: Path) -> None:
+    assert page_of(root).metric("sft", "needle_16x") == ("0.125 \u00b1 0.005", False)
+
+
+def test_the_soup_stands_before_the_merge_and_needle_columns_are_ordered_by_length(root: Path) -> None:
+    names = [point.name for point in read_points(root, RUNS)]
+    assert names == ["base", "sft", "apo_seed0", "merge_soup", "merge"]
+    head = next(row for row in page_of(root).rows if row[0].startswith("checkpoint"))
+    assert head[1:5] == ["needle_8x", "needle_16x", "think_greedy", "no_think_greedy"]
+
+
+def test_the_soup_of_a_merge_that_is_not_whole_is_not_shown(root: Path) -> None:
+    (root / "merge" / "manifest.json").unlink()
+    assert "merge_soup" not in page_of(root).text
+
+
+def test_evals_of_an_earlier_checkpoint_are_marked_and_never_the_best(root: Path) -> None:
+    write_evals(root, "base", checkpoint_digest=digest("an earlier base"))
+    page = page_of(root)
+    assert page.metric("base", "needle_8x") == ("0.812 \u00b1 0.005", False)
+    assert page.metric("merge", "needle_8x")[1]
+    write_evals(root, "sft", checkpoint_digest=digest("an earlier sft"))
+    page = page_of(root)
+    assert [page.metric(name, "think_greedy")[1] for name in ("sft", "apo_seed0")] == [False, True]
+    assert "evals of another checkpoint" in page.text
+
+
+def test_a_run_built_from_a_parent_that_was_replaced_says_so(root: Path) -> None:
+    assert "built from another" not in page_of(root).text
+    write_run(root, "base", digest=digest("a new base"))
+    assert "built from another base" in page_of(root).text
+
+
+def test_a_missing_run_is_shown_as_not_run_without_numbers(root: Path) -> None:
+    (root / "sft" / "manifest.json").unlink()
+    html, markdown = write_report(root, runs=RUNS)
+    page = Page(html)
+    assert page.metric("sft", "think_greedy") == ("\u2013", False)
+    assert "3 of 4 runs are whole" in page.text
+    assert "Not run: sft." in page.text
+    assert "hello sft" not in page.text
+    assert "| sft not run |" in markdown.read_text(encoding="utf-8")
+
+
+def test_a_missing_eval_file_is_said(root: Path) -> None:
+    (root / "evals" / "base.json").unlink()
+    assert ["base no evals", "\u2013"] in [row[:2] for row in page_of(root).rows]
+
+
+def test_runs_alone_without_any_evals_make_a_report(root: Path) -> None:
+    for path in (root / "evals").iterdir():
+        path.unlink()
+    assert "4 of 4 runs are whole: 37,035 tokens in 4 min 8 s." in page_of(root).text
+
+
+def test_nothing_run_at_all_is_refused_in_one_line_and_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"no whole run.*make pipeline") as refusal:
+        write_report(tmp_path, runs=RUNS)
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_file_is_refused_by_name_and_line(root: Path) -> None:
+    (root / "sft" / "train_log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    with pytest.raises(Refusal, match=r"train_log\.jsonl, line 2: not JSON"):
+        write_report(root, runs=RUNS)
+
+
+def test_what_a_model_writes_cannot_run_in_the_reader(root: Path) -> None:
+    evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    write_evals(root, "sft", samples=[{"mode": evil, "prompt": evil, "output": evil, "right": None}])
+    write_run(root, "sft", recipe={"note": evil}, versions={"torch": evil}, stage=evil)
+    html, markdown = write_report(root, runs=RUNS)
+    page = Page(html)
+    assert page.text.count(evil) >= 5
+    assert not [tag for tag, attributes in page.tags if tag in ("script", "img") or "onerror" in attributes]
+    assert "<script" not in markdown.read_text(encoding="utf-8")
+
+
+def test_the_page_loads_nothing_and_its_links_stay_inside(root: Path) -> None:
+    html = write_report(root, runs=RUNS)[0]
+    page, text = Page(html), html.read_text(encoding="utf-8")
+    targets = [v or "" for _, a in page.tags for k, v in a.items() if k in ("src", "href", "xlink:href")]
+    assert targets
+    assert all(target.startswith("#") for target in targets)
+    assert not re.search(r"https?://|@import|@font-face|<link|url\((?!#)", text)
+
+
+def test_plots_take_the_colours_of_the_page_and_their_ids_do_not_meet(root: Path) -> None:
+    page = page_of(root)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = [v for _, a in page.tags for k, v in a.items() if k == "xlink:href" and v]
+    assert {target.removeprefix("#") for target in used} <= set(ids)
+    drawn = [a.get("style") or "" for tag, a in page.tags if tag in ("path", "text", "use")]
+    assert [style for style in drawn if "var(--s1)" in style]
+    assert [style for style in drawn if "var(--ink)" in style]
+    assert not [style for style in drawn if re.search(r"(fill|stroke): #", style)]
+    assert (
+        sum(tag == "svg" for tag, _ in page.tags) == 5
+    )  # needle, modes, and the losses of the three trained runs
+
+
+def test_the_same_input_gives_the_same_bytes_and_leaves_no_other_file(root: Path) -> None:
+    first = [path.read_bytes() for path in write_report(root, runs=RUNS)]
+    assert first == [path.read_bytes() for path in write_report(root, runs=RUNS)]
+    assert {path.name for path in root.iterdir()} == {*RUNS, "evals", "report.html", "report.md"}
+
+
+def test_the_markdown_has_the_rows_of_the_page(root: Path) -> None:
+    html, markdown = write_report(root, runs=RUNS)
+    lines = [line for line in markdown.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    told = {tuple(cell.strip(" *") for cell in line.strip("|").split("|")) for line in lines}
+    rows = {tuple(cell.strip() for cell in row) for row in Page(html).rows if row[0]}
+    assert {row for row in rows if len(row) > 1 and row[0] in METRICS} <= told
+    assert "| base | **0.812 \u00b1 0.005** |" in markdown.read_text(encoding="utf-8")
+    assert "| sft | pairs | 12 | 12,345 | 6,789 |" in lines
+
+
+def test_a_bar_in_a_name_does_not_break_the_markdown_table(root: Path) -> None:
+    write_run(root, "sft", versions={"a|b": "1"})
+    assert "| a\\|b | 1 |" in write_report(root, runs=RUNS)[1].read_text(encoding="utf-8")
+
+
+def test_the_commands_name_the_recipes_and_the_run_root(root: Path) -> None:
+    chain = [point for point in read_points(root, RUNS) if point.is_run]
+    assert commands(Path("runs/tiny"), chain) == ["make pipeline", "smol-post run recipes/tiny"]
+    chain[0].manifest["recipe_file"] = "recipes/mine/base.yaml"
+    assert commands(Path("runs/b"), chain) == [
+        "make pipeline RECIPE=recipes/mine RUN=runs/b", "smol-post run recipes/mine --run-dir runs/b",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (12345, "12,345"),
+        (0.98312, "0.983"),
+        (2048.71, "2,048.7"),
+        (2e-5, "2e-05"),
+        (0.0, "0.000"),
+        (None, "\u2013"),
+    ],
+)
+def test_numbers_are_for_people(value: float | None, shown: str) -> None:
+    assert number(value) == shown
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(41.2, "41 s"), (62, "1 min 2 s"), (3700, "1 h 1 min")])
+def test_durations_are_for_people(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
+
+
+def test_importing_the_report_loads_neither_torch_nor_matplotlib() -> None:
+    code = (
+        "import sys, smol_post.report; sys.exit(bool({'torch', 'matplotlib', 'jinja2'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
