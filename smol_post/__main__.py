@@ -1,4 +1,4 @@
-"""The command line: `smol-post <command>`, also `python -m smol_post`. Imports nothing heavy to say --help."""
+"""The command line: `smol-post <command>`, or `python -m smol_post`. --help imports nothing heavy."""
 
 import sys
 
@@ -26,7 +26,7 @@ def usage() -> str:
         [
             "usage: smol-post COMMAND RECIPE [--run-dir DIR] [--run NAME] [key=value ...]",
             "",
-            "From a base checkpoint to a dual-mode reasoner. RECIPE is a recipe file or a folder such as recipes/tiny.",
+            "From a base checkpoint to a dual-mode reasoner. RECIPE: a recipe file or folder (recipes/tiny).",
             "",
             *lines,
             "",
@@ -47,7 +47,7 @@ def main() -> None:
         print(__version__)
         sys.exit(0)
     if command not in COMMANDS:
-        from smol_post.config import did_you_mean
+        from smol_post.refusal import did_you_mean
 
         print(f"refused: {command}: no such command{did_you_mean(command, list(COMMANDS))}", file=sys.stderr)
         sys.exit(2)

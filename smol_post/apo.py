@@ -1,16 +1,18 @@
 """Anchored preference optimisation: `apo_zero` in TRL's DPOTrainer, each row in its own mode.
 
-L = 1 - sigma(beta r_chosen) + sigma(beta r_rejected), r = log pi / pi_ref summed over the answer: exactly 1 at step 0
-(APO, D'Oosterlinck et al., 2024, equation 7, plus 1). The reference is the parent as it starts.
+L = 1 - sigma(beta r_chosen) + sigma(beta r_rejected), r = log pi / pi_ref summed over the answer: exactly 1
+at step 0 (APO, D'Oosterlinck et al., 2024, equation 7, plus 1). The reference is the parent as it starts.
 
     make apo
-    accelerate launch --config_file recipes/accelerate/cpu.yaml smol_post/apo.py --config recipes/tiny/apo.yaml --run apo_seed0
+    accelerate launch --config_file recipes/accelerate/cpu.yaml smol_post/apo.py \\
+        --config recipes/tiny/apo.yaml --run apo_seed0
 """
 
 from typing import Any
 
 from smol_post import runner
-from smol_post.config import ApoRecipe, Refusal
+from smol_post.config import ApoRecipe
+from smol_post.refusal import Refusal
 
 
 def run(recipe: ApoRecipe, parents: list[runner.Parent], job: runner.Job) -> dict[str, Any]:

@@ -1,17 +1,20 @@
 """Attention on packs, one document at a time: no L x L mask exists at any length.
 
-A pack is one row of tokens, documents side by side; `cu_seq_lens_q` (or position ids that restart) say where each begins:
+A pack is one row of tokens, documents side by side; `cu_seq_lens_q` (or position ids that restart) say where
+each begins:
 
     tokens        a b c | d e          queries of d, e see keys d, e only
     position_ids  0 1 2   0 1          cu_seq_lens_q  0 3 5
 
 On a CPU each document is one causal scaled-dot-product call; on CUDA the whole pack is one call of
-`torch.nn.attention.varlen.varlen_attn` (half precision; not exercised by the tests, which have no GPU). Batches that carry
-no packing information (generation, padded pairs) take transformers' ordinary SDPA path. Registered as "varlen".
+`torch.nn.attention.varlen.varlen_attn` (half precision; not exercised by the tests, which have no GPU).
+Batches that carry no packing information (generation, padded pairs) take transformers' ordinary SDPA path.
+Registered as "varlen".
 
 Shape suffixes: B batch (1 for packs), H query heads, K key-value heads, L tokens, D head dimension.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -32,7 +35,7 @@ def document_lengths(position_ids: torch.Tensor) -> list[int]:
     positions = position_ids.flatten()
     starts = torch.nonzero(positions[1:] != positions[:-1] + 1).flatten() + 1
     edges = [0, *starts.tolist(), positions.numel()]
-    return [stop - start for start, stop in zip(edges, edges[1:], strict=False)]
+    return [stop - start for start, stop in itertools.pairwise(edges)]
 
 
 def varlen_attention_forward(
@@ -50,14 +53,14 @@ def varlen_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each document of a pack; output of shape (B, L, H, D).
 
-    Raises ValueError where packing information meets a batch above 1 or a mask: either would let documents see each other.
+    Raises ValueError where packing information meets a batch above 1 or a mask: either would let documents
+    see each other.
     """
     length = query_BHLD.shape[2]
     if cu_seq_lens_q is None:
-        whole = (
-            position_ids is None or length == 1 or key_BKLD.shape[2] != length or position_ids.shape[0] != 1
-        )
-        lengths = [] if whole or attention_mask is not None else document_lengths(position_ids)
+        lengths = []
+        if position_ids is not None and position_ids.shape[0] == 1 and attention_mask is None:
+            lengths = document_lengths(position_ids) if key_BKLD.shape[2] == length else []
         if len(lengths) < 2:
             return sdpa_attention_forward(
                 module,
@@ -106,10 +109,19 @@ def _varlen_cuda(
         raise ValueError(
             "attention dropout is not supported by varlen attention on CUDA; set attention: sdpa"
         )
-    rows = [part[0].transpose(0, 1) for part in (query_BHLD, key_BKLD, value_BKLD)]
+    query_LHD, key_LKD, value_LKD = (part[0].transpose(0, 1) for part in (query_BHLD, key_BKLD, value_BKLD))
     longest = int(max_length) if max_length is not None else int(cu_seq_lens.diff().max())
     output = varlen_attn(
-        *rows, cu_seq_lens, cu_seq_lens, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True
+        query_LHD,
+        key_LKD,
+        value_LKD,
+        cu_seq_lens,
+        cu_seq_lens,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=True,
     )
     assert isinstance(output, torch.Tensor)
     return output[None]

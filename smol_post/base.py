@@ -1,4 +1,4 @@
-"""A base model from nothing, for the tiny recipe: byte-level BPE on generated text, a small SmolLM3, pre-training.
+"""A base model from nothing, for the tiny recipe: byte-level BPE, a small SmolLM3, pre-training.
 
 smol-post base recipes/tiny/base.yaml
 """
@@ -55,7 +55,7 @@ def run(recipe: BaseRecipe, parents: list[runner.Parent], job: runner.Job) -> di
     template = chat.load_template(recipe.chat_template)
     corpus = synthetic.corpus(recipe.tokenizer.corpus_seed)
     tokenizer = train_tokenizer(corpus, vocab_size=recipe.tokenizer.vocab_size)
-    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    end = model.token_id(tokenizer, END_OF_TEXT)
     set_seed(recipe.seed)
     lm = model.build_model(
         {**recipe.model, "max_position_embeddings": recipe.max_tokens},

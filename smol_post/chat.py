@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from smol_post.config import Refusal
+from smol_post.refusal import Refusal
 
 Mode = Literal["think", "no_think"]
 

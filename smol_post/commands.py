@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from smol_post import config, manifest, runner
-from smol_post.config import Refusal
-from smol_post.runner import EXIT_OK, refuse, say
+from smol_post.plan import default_run_root, make_plan, say
+from smol_post.refusal import Refusal, did_you_mean
+from smol_post.runner import EXIT_OK, refuse
 
 
 def _parser(command: str, text: str) -> argparse.ArgumentParser:
@@ -18,17 +19,19 @@ def _parser(command: str, text: str) -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Make every run of a pipeline that is not whole yet, then evaluate all of them and write the report."""
-    parser = _parser("run", "Make every run of a recipe folder in order; whole runs whose fingerprint holds are kept.")
+    parser = _parser(
+        "run", "Make every run of a recipe folder in order; whole runs whose fingerprint holds are kept."
+    )
     parser.add_argument("--until", help="stop after this run; no evaluation")
     arguments = parser.parse_args(argv)
     folder = Path(arguments.recipe)
     try:
-        plan = runner.make_plan(folder, run_root=arguments.run_dir, arguments=[])
+        plan = make_plan(folder, run_root=arguments.run_dir, arguments=[])
         jobs = plan.jobs
         if arguments.until is not None:
             names = [job.name for job in jobs]
             if arguments.until not in names:
-                raise Refusal(f"--until {arguments.until}: no such run{config.did_you_mean(arguments.until, names)}")
+                raise Refusal(f"--until {arguments.until}: no such run{did_you_mean(arguments.until, names)}")
             jobs = jobs[: names.index(arguments.until) + 1]
     except Refusal as refusal:
         return refuse(refusal)
@@ -55,7 +58,7 @@ def evals(argv: list[str]) -> int:
         recipe = config.load_recipe(recipe_file)
         if not isinstance(recipe, config.EvalsRecipe):
             raise Refusal(f"{recipe_file}: stage: found {recipe.stage}, wanted evals")
-        plan = runner.make_plan(folder, run_root=arguments.run_dir, arguments=[])
+        plan = make_plan(folder, run_root=arguments.run_dir, arguments=[])
         if not any(manifest.is_whole(job.run_dir) for job in plan.pipeline):
             raise Refusal(f"no run of {folder} is whole yet; make one first: smol-post run {folder}")
         from smol_post import evals as stage
@@ -75,7 +78,7 @@ def report(argv: list[str]) -> int:
     folder = Path(arguments.recipe)
     try:
         pipeline = config.load_pipeline(folder)
-        root = arguments.run_dir or runner.default_run_root(folder)
+        root = arguments.run_dir or default_run_root(folder)
         from smol_post.report import write_report
 
         page, _ = write_report(root, runs=[entry.name for entry in pipeline.runs])
@@ -91,7 +94,7 @@ def check(argv: list[str]) -> int:
     where = Path(arguments.recipe)
     try:
         if where.is_dir():
-            runner.make_plan(where, run_root=None, arguments=[])
+            make_plan(where, run_root=None, arguments=[])
             evals_name = config.load_pipeline(where).evals
             if evals_name is not None:
                 config.load_recipe(where / evals_name)

@@ -1,25 +1,21 @@
-"""Recipes: YAML plus overrides -> one validated model a stage. Refuses here, by name, before torch is imported.
+"""Recipes: YAML plus overrides -> one validated model a stage. Refuses here, before torch is imported.
 
-A recipe folder holds a `pipeline.yaml` (the runs, their stages, recipes and parents) and one YAML file a recipe. Quantities
-that are ours have our names (`max_tokens`, `global_batch_size`); the `trainer:` block takes any field of the pinned TRL
-configuration by its own name.
+A recipe folder holds a `pipeline.yaml` (the runs, their stages, recipes and parents) and one YAML file a
+recipe. Quantities that are ours have our names (`max_tokens`, `global_batch_size`); the `trainer:` block
+takes any field of the pinned TRL configuration by its own name.
 
     >>> parse_override("trainer.learning_rate=1.0e-3")
     (['trainer', 'learning_rate'], 0.001)
 """
 
-import difflib
-import json
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-
-class Refusal(Exception):
-    """Input we will not run: one line that says where, what was found, what was wanted and what to do."""
+from smol_post.refusal import Refusal, describe, did_you_mean, text_number
+from smol_post.trainer_block import check_trainer_block
 
 
 class Strict(BaseModel):
@@ -139,13 +135,11 @@ class ApoRecipe(Training):
     """Anchored preference optimisation; `global_batch_size` and `micro_batch_size` count pairs."""
 
     stage: Literal["apo"]
-    overlong_rows: Literal["drop"] = "drop"
     chat_template: str | None = None
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
 
 
 class MergeRecipe(Strict):
-    """A uniform soup of all parents but the last, then a linear merge with the last (the long-context one)."""
+    """A uniform soup of all parents but the last, then a linear merge with the last (long context)."""
 
     stage: Literal["merge"]
     seed: int = 0
@@ -206,7 +200,7 @@ class Entry(Strict):
 
 
 class Pipeline(Strict):
-    """The runs in order. `parents` are `../run` of this pipeline, absolute folders, or Hub ids (`org/name@revision`)."""
+    """Runs in order. A parent: `../run` of this pipeline, an absolute folder, or a Hub id `org/name@rev`."""
 
     runs: list[Entry] = Field(min_length=1)
     build_parents: bool = False
@@ -236,14 +230,6 @@ class Pipeline(Strict):
 
 
 T = TypeVar("T", bound=Strict)
-
-
-def did_you_mean(word: str, known: list[str]) -> str:
-    """`; did you mean 'x'?` or the list of what exists, for the end of a refusal."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean '{close[0]}'?"
-    return f"; known: {', '.join(sorted(known))}" if known else ""
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
@@ -284,16 +270,13 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    found: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in found:
+    names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    for (key, _), name in zip(node.value, names, strict=False):
+        if names.count(name) > 1:
             raise yaml.MarkedYAMLError(
-                problem=f"the key '{key}' is given twice", problem_mark=key_node.start_mark
+                problem=f"the key '{name}' is given twice", problem_mark=key.start_mark
             )
-        found[key] = loader.construct_object(value_node, deep=True)
-    return found
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
@@ -302,7 +285,7 @@ _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _map
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping, or a Refusal with the line number."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506  a SafeLoader
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # a SafeLoader
     except FileNotFoundError:
         raise Refusal(f"{path}: no such file; give a recipe file such as recipes/tiny/sft.yaml") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -337,7 +320,7 @@ def _sentence(model: type[BaseModel], problem: Any) -> str:
         message = problem["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
     wanted = problem["msg"].removeprefix("Input should be ")
-    return f"{key}: found {describe(found)}, wanted {wanted}{_text_number(found)}"
+    return f"{key}: found {describe(found)}, wanted {wanted}{text_number(found)}"
 
 
 def _keys_at(model: type[BaseModel], location: list[str]) -> list[str]:
@@ -358,105 +341,6 @@ def _keys_at(model: type[BaseModel], location: list[str]) -> list[str]:
             return []
         model = nested[0]
     return list(model.model_fields)
-
-
-def describe(value: Any) -> str:
-    """A value and its type for an error, cut to a readable length."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
-
-
-def _text_number(value: Any) -> str:
-    if isinstance(value, str):
-        try:
-            return f"; YAML reads {value} as text, write {float(value):.1e}"
-        except ValueError:
-            pass
-    return ""
-
-
-# Fields of the TRL configuration that a recipe sets elsewhere, and where.
-OWNED = {
-    "output_dir": "--run-dir",
-    "seed": "seed",
-    "data_seed": "seed",
-    "max_length": "max_tokens",
-    "max_steps": "num_steps",
-    "num_train_epochs": "num_epochs",
-    "per_device_train_batch_size": "micro_batch_size",
-    "gradient_accumulation_steps": "global_batch_size",
-    "packing": "packing",
-    "packing_strategy": "packing",
-    "padding_free": "packing",
-    "assistant_only_loss": "loss_on",
-    "completion_only_loss": "loss_on",
-    "chat_template_path": "chat_template",
-    "eos_token": "chat_template",
-    "model_init_kwargs": "attention",
-    "dataset_kwargs": "sources",
-    "dataset_text_field": "sources",
-    "remove_unused_columns": "sources",
-    "shuffle_dataset": "seed",
-    "truncation_mode": "overlong_rows",
-    "resume_from_checkpoint": "nothing: an unfinished run resumes by itself",
-}
-# Fields that the pinned versions accept and ignore, or that would change what is computed behind the recipe's back.
-INERT = {
-    "gradient_checkpointing": "its name is activation_checkpointing now",
-    "gradient_checkpointing_kwargs": "its name is activation_checkpointing_kwargs now",
-    "eval_packing": "there is no evaluation set in training",
-    "use_liger_kernel": "TRL 1.16 forbids its fused loss",
-    "liger_kernel_config": "TRL 1.16 forbids its fused loss",
-    "auto_find_batch_size": "it changes the batch silently",
-    "do_train": "it has no effect outside the example scripts",
-    "do_eval": "it has no effect outside the example scripts",
-    "do_predict": "it has no effect outside the example scripts",
-    "local_rank": "the launcher sets it",
-    "pad_to_multiple_of": "in packs every padding token would be a document",
-    "load_best_model_at_end": "there is no evaluation set in training",
-    "push_to_hub": "a finished run directory is published by hand",
-    "dataset_num_proc": "rows reach the trainer tokenised",
-}
-_TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str, "dict": dict, "list": list}
-
-
-def trl_fields(stage: str) -> dict[str, dict[str, Any]]:
-    """The fields of the pinned SFTConfig or DPOConfig: name -> {"types": [...], "choices": [...] or absent}."""
-    known = json.loads(resources.files("smol_post").joinpath("trl_fields.json").read_text())
-    return known["DPOConfig" if stage == "apo" else "SFTConfig"]
-
-
-def check_trainer_block(stage: str, block: dict[str, Any], *, where: str) -> None:
-    """Refuse trainer keys that TRL does not know, that the recipe owns elsewhere, or that would be ignored."""
-    fields = trl_fields(stage)
-    for key, value in block.items():
-        at = f"{where}: trainer.{key}"
-        if key not in fields:
-            raise Refusal(f"{at}: TRL has no such field{did_you_mean(key, list(fields))}")
-        if key in OWNED:
-            raise Refusal(f"{at}: the recipe owns this; set {OWNED[key]} instead")
-        if key in INERT:
-            raise Refusal(f"{at}: not accepted, {INERT[key]}; remove it")
-        types, choices = fields[key]["types"], fields[key].get("choices")
-        matches = any(
-            (kind == "null" and value is None)
-            or (
-                kind != "null"
-                and isinstance(value, _TYPES[kind])
-                and (kind == "bool") == isinstance(value, bool)
-            )
-            for kind in types
-        )
-        if not matches:
-            raise Refusal(f"{at}: found {describe(value)}, wanted {' or '.join(types)}{_text_number(value)}")
-        if choices and value is not None and value not in choices:
-            raise Refusal(f"{at}: found {describe(value)}{did_you_mean(str(value), choices)}")
-    if block.get("lr_scheduler_type") == "warmup_stable_decay" and "num_decay_steps" not in (
-        block.get("lr_scheduler_kwargs") or {}
-    ):
-        raise Refusal(
-            f"{where}: trainer.lr_scheduler_kwargs: warmup_stable_decay wants num_decay_steps; add it"
-        )
 
 
 def load_recipe(
@@ -498,6 +382,12 @@ def load_entry(folder: Path, entry: Entry, *, arguments: list[str] | None = None
     if recipe.stage != entry.stage:
         raise Refusal(
             f"{path}: stage: found '{recipe.stage}', wanted '{entry.stage}' as run '{entry.name}' says"
+        )
+    ours = [parent for parent in entry.parents if parent.startswith("../")]
+    if ours and getattr(recipe, "add_tokens", []):
+        raise Refusal(
+            f"{path}: add_tokens: run '{entry.name}' continues {ours[0]}; only the first run of a chain "
+            "may add tokens, so that every checkpoint of a merge shares one vocabulary; move it there"
         )
     return recipe
 

@@ -6,7 +6,8 @@
       v
     packs {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, 7, -100, 9], "seq_lengths": [3, 2]}
 
-Labels are unshifted (Hugging Face convention); the first token of every piece has no context and is never trained.
+Labels are unshifted (Hugging Face convention); the first token of every piece has no context and is never
+trained.
 """
 
 import fcntl
@@ -24,11 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import datasets.exceptions
+import datasets.table
 import numpy as np
 import pyarrow as pa
 
 from smol_post import chat, manifest, packing, synthetic
-from smol_post.config import Refusal, Source, is_local, local_path
+from smol_post.config import Source, is_local, local_path
+from smol_post.refusal import Refusal
 
 IGNORED = -100
 _TOKEN_CODE = ("chat.py", "packing.py", "data.py", "synthetic.py")
@@ -56,8 +60,8 @@ class Prepared:
 def load_rows(source: Source, *, folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a source with their numbers, counted from 1 in the file.
 
-    `keep_fraction` shuffles with the source's seed and keeps the first int(n * fraction) rows. Raises Refusal for a
-    missing file, a line that is not JSON (with its number), an unknown data set or split.
+    `keep_fraction` shuffles with the source's seed and keeps the first int(n * fraction) rows. Raises Refusal
+    for a missing file, a line that is not JSON (with its number), an unknown data set or split.
     """
     if source.generator is not None:
         made = _generated(source)
@@ -66,16 +70,17 @@ def load_rows(source: Source, *, folder: Path) -> Iterator[tuple[int, dict[str, 
     path = local_path(source.path, folder)
     if is_local(source.path) and path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz", ".json")):
         numbered = list(_json_rows(path))
-        if source.keep_fraction < 1:
-            random.Random(source.seed).shuffle(numbered)
-        return iter(numbered[: int(len(numbered) * source.keep_fraction)])
+        return (numbered[index] for index in _kept(len(numbered), source))
     table = _table(source, path)
-    order = np.arange(len(table))
-    if source.keep_fraction < 1:
-        order = np.random.RandomState(source.seed).permutation(len(table))[
-            : int(len(table) * source.keep_fraction)
-        ]
-    return ((int(index) + 1, table[int(index)]) for index in order)
+    return ((index + 1, table[index]) for index in _kept(len(table), source))
+
+
+def _kept(num_rows: int, source: Source) -> list[int]:
+    """The rows that `keep_fraction` keeps: all, or the first int(n * fraction) of `Dataset.shuffle(seed)`."""
+    if source.keep_fraction == 1:
+        return list(range(num_rows))
+    order = np.random.default_rng(source.seed).permutation(num_rows)
+    return order[: int(num_rows * source.keep_fraction)].tolist()
 
 
 def _generated(source: Source) -> list[dict[str, Any]]:
@@ -161,10 +166,11 @@ def encode_rows(
     date_string: str,
     text_end: str,
 ) -> Iterator[Document]:
-    """Rows of one source as documents, in order. Raises Refusal with the row's number where one cannot be encoded.
+    """Rows of one source as documents, in order; Refusal with the row's number where one cannot be encoded.
 
-    A `text` row is trained whole and ends with the token `text_end`; a `prompt`/`completion` row has loss on the
-    completion (on everything with loss_on="all"); a `messages` row on its assistant turns (or everything).
+    A `text` row is trained whole and ends with the token `text_end`; a `prompt`/`completion` row has loss on
+    the completion (on everything with loss_on="all"); a `messages` row on its assistant turns (or
+    everything).
 
     >>> # {"prompt": "ab", "completion": "c"}, ids a=1 b=2 c=3 end=0  ->  ids [1, 2, 3, 0], mask [0, 0, 1, 1]
     """
@@ -223,12 +229,12 @@ def _encode_batch(
 
 def _plain(row: Mapping[str, Any]) -> tuple[str, str]:
     """("", text) or (prompt, completion) of a row without messages."""
-    if isinstance(row.get("text"), str) and row["text"]:
+    if isinstance(row.get("text"), str):
         return "", row["text"]
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
         return row["prompt"], row["completion"]
     raise ValueError(
-        f"found the columns {', '.join(map(str, row)) or 'none'}, wanted text, prompt and completion, or messages"
+        f"found columns {', '.join(map(str, row)) or 'none'}, wanted text, prompt + completion, or messages"
     )
 
 
@@ -256,7 +262,8 @@ def gather(
     """Packs as a table of input_ids, labels, seq_lengths, and the counts of tokens by source and mode.
 
     Two documents 5 6 7 and 8 9 (masks 0 1 1 and 1 1) in one pack:
-        input_ids 5 6 7 8 9   labels -100 6 7 -100 9   seq_lengths 3 2   (isolate=False: seq_lengths 5, label of 8 trained)
+        input_ids 5 6 7 8 9   labels -100 6 7 -100 9   seq_lengths 3 2   (isolate=False: seq_lengths 5, label
+        of 8 trained)
     """
     ids, labels, lengths = [], [], []
     counts: Counter[tuple[str, str, str]] = Counter()
@@ -308,9 +315,10 @@ def prepare_packs(
 ) -> Prepared:
     """Sources as packs of at most `max_tokens`, from the cache where nothing that made them has changed.
 
-    `packing_strategy`: "bfd" (whole documents, best-fit decreasing over the whole set), "wrapped" (the stream cut every
-    max_tokens, each piece isolated) or "wrapped_cross_document" (the same, attention and positions run across documents,
-    as TRL's `wrapped`). Documents are shuffled with `seed` before packing. Raises Refusal where no document is left.
+    `packing_strategy`: "bfd" (whole documents, best-fit decreasing over the whole set), "wrapped" (the stream
+    cut every max_tokens, each piece isolated) or "wrapped_cross_document" (the same, attention and positions
+    run across documents, as TRL's `wrapped`). Documents are shuffled with `seed` before packing. Raises
+    Refusal where no document is left.
     """
     shape = {
         "max_tokens": max_tokens,
@@ -374,10 +382,10 @@ def prepare_pairs(
     date_string: str,
     seed: int,
 ) -> Prepared:
-    """Preference rows as prompt_ids, chosen_ids, rejected_ids (both answers end with `<|im_end|>`, neither is cut).
+    """Preference rows as prompt_ids, chosen_ids, rejected_ids (both end with `<|im_end|>`, neither is cut).
 
-    A pair whose longer side exceeds `max_tokens` is dropped and counted. Raises Refusal with the row's number where a
-    pair cannot be encoded, or where none is left.
+    A pair whose longer side exceeds `max_tokens` is dropped and counted. Raises Refusal with the row's number
+    where a pair cannot be encoded, or where none is left.
     """
 
     def build() -> tuple[pa.Table, dict[str, Any]]:
@@ -438,7 +446,7 @@ def _empty(sources: Sequence[Source], dropped: Mapping[str, int]) -> str:
     why = "; ".join(
         f"{number} rows dropped: {reason}" for reason, number in dropped.items() if reason != "truncated"
     )
-    return f"sources {names}: no rows left to train on ({why or 'the sources are empty'}); check them and max_tokens"
+    return f"sources {names}: no rows left to train on ({why or 'empty sources'}); check them and max_tokens"
 
 
 def _cached(
@@ -452,7 +460,7 @@ def _cached(
     date_string: str,
     seed: int,
 ) -> Prepared:
-    """The prepared set from `cache_dir/<fingerprint>`, built once; other processes wait for the one that builds."""
+    """The prepared set from `cache_dir/<fingerprint>`, built once; other processes wait."""
     origins = [_origin(source, folder) for source in sources]
     key = manifest.digest_tree(
         {
@@ -498,13 +506,11 @@ def _origin(source: Source, folder: Path) -> Any:
         except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise Refusal(
-                f"source '{source.name}': {source.path}: could not be had from the Hub ({reason}); check the name and "
-                "the network, or give a local file"
+                f"source '{source.name}': {source.path}: not to be had from the Hub ({reason}); "
+                "check the name and the network, or give a local file"
             ) from None
     if not path.exists():
-        raise Refusal(
-            f"source '{source.name}': {path} does not exist; mend the path (it counts from the recipe's folder)"
-        )
+        raise Refusal(f"source '{source.name}': {path} does not exist; paths count from the recipe's folder")
     return [
         manifest.digest_file(one)
         for one in sorted([path] if path.is_file() else path.rglob("*"))

@@ -1,6 +1,7 @@
-"""Evaluation of every whole checkpoint of the chain: `runs/R/evals/<run>.json`, keyed by the checkpoint's digest.
+"""Evaluation of every whole checkpoint of the chain: `runs/R/evals/<run>.json`, keyed by its digest.
 
-A result is kept while checkpoint, recipe and scoring code are the same. The soup before the last merge is `merge_soup`.
+A result is kept while checkpoint, recipe and scoring code are the same. The soup before the last merge is
+`merge_soup`.
 
     make evals
     smol-post evals recipes/tiny
@@ -15,7 +16,7 @@ from typing import Any
 
 from smol_post import manifest
 from smol_post.config import EvalsRecipe
-from smol_post.runner import Job, say
+from smol_post.plan import Job, say
 
 SOUP = "soup"
 
@@ -27,13 +28,15 @@ def checkpoints(jobs: Sequence[Job]) -> Iterator[tuple[str, str, Path, str]]:
             continue
         soup = job.run_dir / SOUP
         if job.recipe.stage == "merge" and soup.is_dir():
-            yield f"{job.name}_soup", "soup", soup, manifest.content_digest(manifest.content_files(soup))
+            yield f"{job.name}_soup", "merge", soup, manifest.content_digest(manifest.content_files(soup))
         yield job.name, job.recipe.stage, job.run_dir, manifest.read_manifest(job.run_dir)["digest"]
 
 
 def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job]) -> None:
     """Measure what has no valid result yet; one line and one file a checkpoint."""
-    code = [resources.files("smol_post").joinpath(name).read_text() for name in ("scoring.py", "synthetic.py")]
+    code = [
+        resources.files("smol_post").joinpath(name).read_text() for name in ("scoring.py", "synthetic.py")
+    ]
     suite = manifest.digest_tree({"recipe": recipe.model_dump(), "code": code})
     for name, stage, folder, digest in checkpoints(jobs):
         path = jobs[0].run_dir.parent / "evals" / f"{name}.json"
@@ -63,7 +66,7 @@ def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job]) -> None:
 
 
 def evaluate(folder: Path, recipe: EvalsRecipe) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """All metrics of one checkpoint, and transcripts. What it cannot do (no template, no modes) is absent, not zero."""
+    """All metrics of one checkpoint, and transcripts; what it cannot do (no modes) is absent, not zero."""
     from smol_post import model, scoring
 
     tokenizer = model.load_tokenizer(folder)
@@ -94,11 +97,19 @@ def evaluate(folder: Path, recipe: EvalsRecipe) -> tuple[dict[str, Any], list[di
         "batch_size": recipe.batch_size,
     }
     for mode in modes if recipe.num_arithmetic_questions else []:
-        right, obeyed, shown = scoring.arithmetic(lm, tokenizer, mode=mode, num_samples=recipe.num_samples, **common)
+        right, obeyed, shown = scoring.arithmetic(
+            lm, tokenizer, mode=mode, num_samples=recipe.num_samples, **common
+        )
         metrics |= {f"{mode}_greedy": right, f"mode_{mode}": obeyed}
         samples += shown
         metrics[f"{mode}_sampled"], metrics[f"mode_{mode}_sampled"], _ = scoring.arithmetic(
-            lm, tokenizer, mode=mode, num_samples=0, temperature=recipe.temperature, top_p=recipe.top_p, **common
+            lm,
+            tokenizer,
+            mode=mode,
+            num_samples=0,
+            temperature=recipe.temperature,
+            top_p=recipe.top_p,
+            **common,
         )
     if len(modes) == 2 and recipe.num_preference_pairs:
         metrics["preference_accuracy"] = scoring.preferences(

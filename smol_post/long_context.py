@@ -16,7 +16,8 @@ from smol_post.config import LongContextRecipe
 def run(recipe: LongContextRecipe, parents: list[runner.Parent], job: runner.Job) -> dict[str, Any]:
     """Train the parent at `max_tokens` with `rope_theta`; returns the data ledger and metrics.
 
-    The checkpoint's max_position_embeddings becomes `max_tokens`; live RoPE frequencies are held against theta.
+    The checkpoint's max_position_embeddings becomes `max_tokens`; live RoPE frequencies are held against
+    theta.
     """
     from smol_post import chat, model, training
 
@@ -30,7 +31,7 @@ def run(recipe: LongContextRecipe, parents: list[runner.Parent], job: runner.Job
     )
     model.add_tokens(lm, tokenizer, recipe.add_tokens)
     template = chat.load_template(recipe.chat_template) if recipe.chat_template else None
-    text_end = recipe.text_end or tokenizer.eos_token
+    text_end = recipe.text_end or str(tokenizer.eos_token)
     return training.train_on_packs(
         recipe,
         lm,

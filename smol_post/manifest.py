@@ -1,7 +1,7 @@
 """What a run is made of: digests of files, the manifest, and the state of a run that is not whole yet.
 
-`manifest.json` is written last, so its presence means that the run is whole. A checkpoint's digest covers the files that
-make it what it is (weights, configuration, tokenizer, template), not its logs:
+`manifest.json` is written last, so its presence means that the run is whole. A checkpoint's digest covers the
+files that make it what it is (weights, configuration, tokenizer, template), not its logs:
 
     digest = sha256 over the sorted lines "<sha256 of file>  <name>" of those files
 """
@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from smol_post.config import Refusal
+from smol_post.refusal import Refusal
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

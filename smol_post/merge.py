@@ -1,8 +1,9 @@
-"""Linear merge with MergeKit: a uniform soup of APO checkpoints, then soup_weight x soup + the rest x long context.
+"""Linear merge with MergeKit: a uniform soup of APO checkpoints, then 0.9 x soup + 0.1 x long context.
 
-Parents in order: the checkpoints of the soup, and last the long-context checkpoint. The soup stays in `soup/`, a checkpoint
-of its own that evaluation reads. MergeKit takes configuration and tokenizer of a merge from an arbitrary model unless
-`base_model` names one, so the soup is named; every tensor and the configuration are checked afterwards.
+Parents in order: the checkpoints of the soup, and last the long-context checkpoint. The soup stays in
+`soup/`, a checkpoint of its own that evaluation reads. MergeKit takes configuration and tokenizer of a merge
+from an arbitrary model unless `base_model` names one, so the soup is named; every tensor and the
+configuration are checked afterwards.
 
     make merge
     smol-post merge recipes/tiny/merge.yaml
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smol_post import runner
-from smol_post.config import MergeRecipe, Refusal
+from smol_post.config import MergeRecipe
+from smol_post.refusal import Refusal
 
 if TYPE_CHECKING:
     import torch
@@ -45,9 +47,13 @@ def run(recipe: MergeRecipe, parents: list[runner.Parent], job: runner.Job) -> d
     *soup, long_context = parents
     for one in soup:
         if one.stage == "long_context":
-            raise Refusal(f"{one.path} is a long-context checkpoint; it wants the last place among merge's parents")
+            raise Refusal(
+                f"{one.path} is a long-context checkpoint; it wants the last place among merge's parents"
+            )
     if long_context.stage not in (None, "long_context"):
-        raise Refusal(f"{long_context.path} is of stage {long_context.stage}; the last parent is long_context")
+        raise Refusal(
+            f"{long_context.path} is of stage {long_context.stage}; the last parent is long_context"
+        )
     check_alike([one.folder for one in parents], [one.path for one in parents])
     soup_dir = job.run_dir / SOUP
     shutil.rmtree(soup_dir, ignore_errors=True)
@@ -67,7 +73,7 @@ def run(recipe: MergeRecipe, parents: list[runner.Parent], job: runner.Job) -> d
 
 
 def check_alike(folders: Sequence[Path], names: Sequence[str]) -> None:
-    """All parents have one architecture, vocabulary and RoPE; Refusal with the key and both values otherwise."""
+    """All parents have one architecture, vocabulary and RoPE; Refusal with key and both values otherwise."""
     from smol_post import model
 
     first, *others = [model.load_config(folder).to_dict() for folder in folders]
@@ -76,17 +82,20 @@ def check_alike(folders: Sequence[Path], names: Sequence[str]) -> None:
         for key in _SAME:
             if first.get(key) != other.get(key):
                 raise Refusal(
-                    f"{key}: {names[0]} has {first.get(key)}, {name} has {other.get(key)}; a merge wants checkpoints "
-                    "of one model"
+                    f"{key}: {names[0]} has {first.get(key)}, {name} has {other.get(key)}; "
+                    "a merge wants checkpoints of one model"
                 )
         if vocabulary != vocabularies[0]:
-            raise Refusal(f"{names[0]} and {name} have different tokenizers; add tokens in the chain's first run only")
+            raise Refusal(
+                f"{names[0]} and {name} have different tokenizers; add tokens in the chain's first run only"
+            )
 
 
 def linear(folders: Sequence[Path], weights: Sequence[float], out: Path, *, recipe: MergeRecipe) -> float:
-    """MergeKit's linear merge of `folders` into `out`, the first donating configuration, tokenizer and template.
+    """MergeKit's linear merge of `folders` into `out`, the first donates configuration and tokenizer.
 
-    Returns the largest absolute deviation of any tensor from the fp32 weighted sum, after checking each is within rounding.
+    Returns the largest absolute deviation of any tensor from the fp32 weighted sum, after checking each is
+    within rounding.
     """
     import torch
     from mergekit.config import MergeConfiguration
@@ -145,12 +154,11 @@ def _check_donor(donor: Path, out: Path) -> None:
             raise RuntimeError(f"{copy}: is not the soup's {name}")
 
 
-def check_sum(
-    folders: Sequence[Path], weights: Sequence[float], out: Path, *, dtype: "torch.dtype"
-) -> float:
+def check_sum(folders: Sequence[Path], weights: Sequence[float], out: Path, *, dtype: "torch.dtype") -> float:
     """The largest |merged - sum of weight x parent| over all tensors; RuntimeError beyond one rounding step.
 
-    0.9 x 2.0 + 0.1 x 1.0 = 1.9: every tensor of `out` is held against that sum in fp32, one tensor in memory at a time.
+    0.9 x 2.0 + 0.1 x 1.0 = 1.9: every tensor of `out` is held against that sum in fp32, one tensor in memory
+    at a time.
     """
     import torch
     from safetensors import safe_open
@@ -188,7 +196,7 @@ def check_sum(
         )
         if found.dtype != dtype or not (error <= 4 * rounding * scale + 1e-30).all():
             raise RuntimeError(
-                f"{out}: {name} ({found.dtype}) is off the weighted sum by {error.max().item():.3e}; merge again"
+                f"{out}: {name} ({found.dtype}) is off the weighted sum by {error.max():.3e}; merge again"
             )
         worst = max(worst, error.max().item())
     return worst

@@ -1,10 +1,11 @@
 """Reasoning mid-training: long reasoning traces as plain ChatML, wrapped packing, loss on all tokens.
 
-Source: SmolLM3 launch post. `packing: wrapped` isolates documents; with `wrapped_cross_document` attention and
-positions run across them, as in TRL's own `wrapped`.
+Source: SmolLM3 launch post. `packing: wrapped` isolates documents; with `wrapped_cross_document` attention
+and positions run across them, as in TRL's own `wrapped`.
 
     make mid
-    accelerate launch --config_file recipes/accelerate/cpu.yaml smol_post/mid.py --config recipes/tiny/mid.yaml
+    accelerate launch --config_file recipes/accelerate/cpu.yaml smol_post/mid.py \\
+        --config recipes/tiny/mid.yaml
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ def run(recipe: MidRecipe, parents: list[runner.Parent], job: runner.Job) -> dic
 
     (parent,) = parents
     tokenizer = model.load_tokenizer(parent.folder)
-    text_end = recipe.text_end or tokenizer.eos_token
+    text_end = recipe.text_end or str(tokenizer.eos_token)
     lm = model.load_model(parent.folder, attn_implementation=recipe.attention)
     training.check_length(recipe, lm)
     model.add_tokens(lm, tokenizer, recipe.add_tokens)

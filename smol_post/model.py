@@ -1,7 +1,8 @@
 """Load and save weights and tokenizer; RoPE theta; new tokens. The only caller of `from_pretrained`.
 
-RoPE frequencies are computed when a model is built, so theta is set in the configuration before that and then checked on
-the live model: editing `model.config` afterwards would train with the old theta and save the new one.
+RoPE frequencies are computed when a model is built, so theta is set in the configuration before that and then
+checked on the live model: editing `model.config` afterwards would train with the old theta and save the new
+one.
 """
 
 import json
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken
 from transformers import (
+    AddedToken,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from smol_post import attention
-from smol_post.config import Refusal
+from smol_post.refusal import Refusal
 
 
 def load_model(
@@ -33,18 +34,18 @@ def load_model(
     rope_theta: float | None = None,
     max_position_embeddings: int | None = None,
 ) -> PreTrainedModel:
-    """The checkpoint in `folder` as a causal language model, in `dtype` (float32 for training: master weights).
+    """The checkpoint in `folder` as a causal language model, in `dtype` (float32 to train: master weights).
 
-    `rope_theta` and `max_position_embeddings` replace the checkpoint's before the model is built; the live frequencies
-    are then held against the configuration. Raises Refusal where the folder is no checkpoint, a weight is missing, or
-    the model keeps its RoPE elsewhere.
+    `rope_theta` and `max_position_embeddings` replace the checkpoint's before the model is built; the live
+    frequencies are then held against the configuration. Raises Refusal where the folder is no checkpoint, a
+    weight is missing, or the model keeps its RoPE elsewhere.
     """
     config = load_config(folder)
     if rope_theta is not None:
         parameters = dict(getattr(config, "rope_parameters", None) or {})
         if "rope_theta" not in parameters:
             raise Refusal(
-                f"{folder}: {config.model_type} has no rope_parameters.rope_theta to set; leave this stage out"
+                f"{folder}: {config.model_type} has no rope_parameters.rope_theta; leave this stage out"
             )
         if parameters.get("rope_type", "default") != "default":
             raise Refusal(
@@ -56,7 +57,7 @@ def load_model(
     attention.register()
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
-    )
+    )  # pyright: ignore[reportGeneralTypeIssues]
     lost = (
         sorted(info["missing_keys"])
         + sorted(info["unexpected_keys"])
@@ -64,7 +65,7 @@ def load_model(
     )
     if lost:
         raise Refusal(
-            f"{folder}: weights do not fit config.json ({lost[0]} and {len(lost) - 1} more); mend the checkpoint"
+            f"{folder}: weights do not fit config.json ({lost[0]}, {len(lost)} in all); mend the checkpoint"
         )
     check_rope(model)
     return model
@@ -78,7 +79,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 
 def inverse_frequencies(config: PreTrainedConfig) -> torch.Tensor:
-    """RoPE inverse frequencies that a default-type configuration asks for: theta ** (-2 i / head_dim), shape (D / 2,).
+    """RoPE inverse frequencies of a default-type configuration: theta ** (-2 i / head_dim), shape (D / 2,).
 
     Source: RoFormer (Su et al., 2021), equation 15.
     """
@@ -118,6 +119,11 @@ def missing_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[st
     return sorted(token for token in wanted if token not in tokenizer.get_vocab())
 
 
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of one token of the vocabulary."""
+    return tokenizer.get_vocab()[token]
+
+
 def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
     """Add special tokens, each embedding row set to the mean of the old rows (in place; tied heads follow).
 
@@ -126,24 +132,29 @@ def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token
     new = [token for token in tokens if token not in tokenizer.get_vocab()]
     if not new:
         return
-    tokenizer.add_tokens(
-        [AddedToken(token, special=token.startswith("<|"), normalized=False) for token in new]
-    )
-    ids = tokenizer.convert_tokens_to_ids(new)
-    old_rows = model.get_input_embeddings().weight.shape[0]
+    added: list[str | AddedToken] = [
+        AddedToken(token, special=token.startswith("<|"), normalized=False) for token in new
+    ]
+    tokenizer.add_tokens(added)
+    ids = [token_id(tokenizer, token) for token in new]
+    old_rows = _embedding_weights(model)[0].shape[0]
     if max(ids) >= old_rows:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-    weights = {
-        id(one.weight): one.weight for one in (model.get_input_embeddings(), model.get_output_embeddings())
-    }
     with torch.no_grad():
-        for weight in weights.values():
+        for weight in _embedding_weights(model):
             weight[ids] = weight[:old_rows].mean(0)
 
 
+def _embedding_weights(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The input embedding and, where it is not tied, the head: each of shape (vocabulary, D)."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = [one.weight for one in modules if one is not None and isinstance(one.weight, torch.Tensor)]
+    return weights[:1] if len(weights) == 2 and weights[0] is weights[1] else weights
+
+
 def set_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Make the checkpoint a chat model: the template saved with it, `<|im_end|>` ends a turn and generation."""
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    """Make the checkpoint a chat model: its template saved, `<|im_end|>` ends turns and generation."""
+    end = token_id(tokenizer, "<|im_end|>")
     ends = [end, *_as_list(model.generation_config.eos_token_id if model.generation_config else None)]
     ends += _as_list(model.config.eos_token_id)
     tokenizer.chat_template = template
@@ -163,7 +174,7 @@ def _as_list(value: int | list[int] | None) -> list[int]:
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a plain Hugging Face checkpoint and read its shape back: every tensor there, of its size, all finite."""
+    """Write a plain Hugging Face checkpoint and check it: every tensor there, of its size, all finite."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     check_saved(model, folder)

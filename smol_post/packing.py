@@ -1,7 +1,7 @@
 """Lengths -> packs. Pure: a pack is a list of pieces (document, start, stop), no token is touched.
 
     lengths [5, 3, 2], capacity 6
-    best_fit_decreasing -> [[(0, 0, 5)], [(1, 0, 3), (2, 0, 2)]]          documents whole, best-filled pack first
+    best_fit_decreasing -> [[(0, 0, 5)], [(1, 0, 3), (2, 0, 2)]]          documents whole
     wrapped             -> [[(0, 0, 5), (1, 0, 1)], [(1, 1, 3), (2, 0, 2)]]  the stream cut every 6 tokens
 
 Source: "Fewer Truncations Improve Language Modeling" (Ding et al., 2024), section 3, for best-fit decreasing.
@@ -15,10 +15,10 @@ Pack = list[Piece]
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[Pack]:
-    """Exact best-fit decreasing over the whole set: longest document first, each into the fullest pack that has room.
+    """Exact best-fit decreasing over the whole set: longest first, each into the fullest pack with room.
 
-    Documents keep their order of placement inside a pack. Raises ValueError for a document longer than `capacity`
-    (truncate or drop it before) or of no tokens.
+    Documents keep their order of placement inside a pack. Raises ValueError for a document longer than
+    `capacity` (truncate or drop it before) or of no tokens.
 
     >>> best_fit_decreasing([2, 5, 3], 6)
     [[(1, 0, 5)], [(2, 0, 3), (0, 0, 2)]]

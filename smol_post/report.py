@@ -12,17 +12,18 @@ of a checkpoint that is no longer there are marked and never called best.
 """
 
 import html
-import io
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smol_post.config import Refusal
+from smol_post.plots import draw_loss, draw_modes, draw_needle, plot
+from smol_post.points import GROUPS, Point, metric_names, rank_metric, read_points
+from smol_post.refusal import Refusal
 
 PURPOSE = {
     "base": "Trains the tokenizer and a small model from nothing, at short length.",
@@ -32,24 +33,9 @@ PURPOSE = {
     "apo": "Moves probability from rejected to chosen answers (APO-zero), in both modes.",
     "merge": "Averages the APO checkpoints, then mixes in a little of the long-context checkpoint.",
 }
-GROUPS = {  # prefixes of metric names, in the order of the columns
-    "needle retrieval": ("needle",),
-    "two modes": ("think_greedy", "no_think_greedy", "think", "no_think", "mode_think", "mode"),
-    "other": ("",),
-}
 LOWER_IS_BETTER = ("perplexity", "loss", "nll")
-NEEDLE_PLOT_STAGES = ("base", "long_context", "sft", "merge")  # nine lines would hide each other
 SAMPLES_PER_MODE = 2
 DASH, PLUS_MINUS = "\u2013", "\u00b1"
-INK, GRID = "#01fe02", "#01fe03"  # stand-ins, replaced by CSS variables in the SVG
-SERIES = [f"#02fe{number:02x}" for number in range(1, 9)]
-CSS_OF = {INK: "var(--ink)", GRID: "var(--grid)"} | {c: f"var(--s{n})" for n, c in enumerate(SERIES, 1)}
-STYLE: dict[str, Any] = {
-    "svg.fonttype": "none", "svg.hashsalt": "smol_post", "text.parse_math": False, "font.size": 10.5,
-    "text.color": INK, "axes.edgecolor": GRID, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "grid.color": GRID, "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
-    "axes.spines.right": False, "legend.frameon": False, "xtick.major.size": 0, "ytick.major.size": 0,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,72 +55,6 @@ class Table:
     rows: list[list[Cell]]
     num_text_columns: int = 1
     groups: tuple[tuple[str, int], ...] = ()
-
-
-@dataclass(frozen=True)
-class Point:
-    """A checkpoint: a run of the chain, or (`is_run` false) the soup inside a merge, which only has evals."""
-
-    name: str
-    is_run: bool
-    manifest: dict[str, Any]
-    evals: dict[str, Any]
-    log: list[dict[str, Any]]
-    stage: str
-    parents: dict[str, str]  # name -> digest as recorded
-
-    @property
-    def note(self) -> str:
-        """Why its numbers are missing or must not be trusted; "" if all is well."""
-        if self.is_run and not self.manifest:
-            return "not run"
-        stale = self.is_run and self.evals.get("checkpoint_digest") != self.manifest.get("digest")
-        return "no evals" if not self.evals else "evals of another checkpoint" if stale else ""
-
-    def metric(self, name: str, key: str = "value") -> float | None:
-        """The value (or stderr) of a metric; None where it was not measured or the run is not there."""
-        metrics = {} if self.note == "not run" else self.evals.get("metrics") or {}
-        return (metrics.get(name) or {}).get(key)
-
-    def counts(self) -> dict[str, Any]:
-        """What the manifest says of the data; empty for a merge."""
-        return self.manifest.get("data") or {}
-
-
-def read_points(run_root: Path, runs: Sequence[str]) -> list[Point]:
-    """All checkpoints in the order of the chain; evals named `<run>_...` stand before a whole run."""
-    points = []
-    for name in runs:
-        manifest = _read_json(run_root / name / "manifest.json")
-        for path in sorted((run_root / "evals").glob(f"{name}_*.json")) if manifest else []:
-            if path.stem not in runs:
-                evals = _read_json(path)
-                points.append(Point(path.stem, False, {}, evals, [], evals.get("stage") or "", {}))
-        evals = _read_json(run_root / "evals" / f"{name}.json")
-        log = _read_log(run_root / name / "train_log.jsonl") if manifest else []
-        parents = {Path(p["path"]).name: p.get("digest") or "" for p in manifest.get("parents") or []}
-        stage = manifest.get("stage") or evals.get("stage") or ""
-        points.append(Point(name, True, manifest, evals, log, stage, parents))
-    return points
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return _parse(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
-
-
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise Refusal(f"{where}: not JSON ({error}); remove the file and run its stage again") from None
-    if not isinstance(value, dict):
-        raise Refusal(f"{where}: found a {type(value).__name__}, wanted a JSON object; run its stage again")
-    return value
 
 
 def number(value: Any) -> str:
@@ -160,18 +80,6 @@ def short(digest: str | None) -> str:
     return (digest or "").removeprefix("sha256:")[:8] or DASH
 
 
-def metric_names(points: list[Point]) -> list[str]:
-    """Every metric that any checkpoint has; the order depends on the names alone, needles by length."""
-    names = {name for p in points for name in p.evals.get("metrics") or {} if p.metric(name) is not None}
-    return sorted(names, key=_rank)
-
-
-def _rank(name: str) -> tuple[int, int, int, str]:
-    group, prefixes = next((n, g) for n, g in enumerate(GROUPS.values()) if name.startswith(g))
-    prefix = next(n for n, prefix in enumerate(prefixes) if name.startswith(prefix))
-    return group, prefix, int((re.findall(r"\d+", name) or [0])[-1]), name
-
-
 def metric_table(points: list[Point]) -> Table:
     """Checkpoints by metrics, value and standard error, the best of each column marked."""
     names = metric_names(points)
@@ -184,7 +92,7 @@ def metric_table(points: list[Point]) -> Table:
             row.append(
                 Cell(number(value), f"{PLUS_MINUS} {number(error)}" if error is not None else "", is_best)
             )
-    groups = [(title, sum(_rank(n)[0] == index for n in names)) for index, title in enumerate(GROUPS)]
+    groups = [(title, sum(rank_metric(n)[0] == index for n in names)) for index, title in enumerate(GROUPS)]
     return Table(["checkpoint", *names], rows, groups=(("", 1), *(g for g in groups if g[1])))
 
 
@@ -263,78 +171,13 @@ def summary(points: list[Point]) -> str:
     text = f"{len(runs) - len(missing)} of {len(runs)} runs are whole: {number(tokens)} tokens"
     text += f" in {duration(sum(p.manifest.get('seconds') or 0 for p in runs))}."
     text += f" Not run: {', '.join(missing)}." if missing else ""
-    needles = [name for name in metric_names(points) if _rank(name)[0] == 0]
+    needles = [name for name in metric_names(points) if rank_metric(name)[0] == 0]
     for name in [*needles[-1:], "think_greedy", "no_think_greedy", "preference_accuracy"]:
         known = {p.name: value for p in points if not p.note and (value := p.metric(name)) is not None}
         ends = {*list(known)[:1], *list(known)[-1:], max(known, key=known.__getitem__, default="")}
         said = [f"{number(value)} ({where})" for where, value in known.items() if where in ends]
         text += f" {name.replace('_', ' ').capitalize()}: {', '.join(said)}." if said else ""
     return text
-
-
-def draw_loss(axes: Any, runs: list[Point]) -> bool:
-    """Training loss by step of one run; False where nothing was logged."""
-    entries = [entry for entry in runs[0].log if entry.get("loss") is not None]
-    steps = [entry.get("step", position) for position, entry in enumerate(entries)]
-    axes.plot(steps, [e["loss"] for e in entries], color=SERIES[0], marker="." if len(steps) == 1 else "")
-    axes.set_xlabel("step")
-    return bool(entries)
-
-
-def draw_needle(axes: Any, points: list[Point]) -> bool:
-    """Needle accuracy by length, one line a checkpoint, lengths equally far apart."""
-    names = [name for name in metric_names(points) if re.fullmatch(r"needle_\d+x", name)]
-    points = [p for p in points if p.stage in NEEDLE_PLOT_STAGES]
-    points = [p for p in points if any(p.metric(name) is not None for name in names)]
-    for index, point in enumerate(points):
-        known = [(x, point.metric(name), point.metric(name, "stderr") or 0) for x, name in enumerate(names)]
-        xs, values, errors = zip(*(entry for entry in known if entry[1] is not None), strict=True)
-        look = {"color": SERIES[index % 8], "marker": "osD^vP*X"[index % 8], "ls": "-" if index < 8 else "--"}
-        axes.errorbar(xs, values, errors, label=point.name, **look)
-    axes.set(xticks=range(len(names)), xticklabels=[name.removeprefix("needle_") for name in names])
-    axes.set(ylim=(0, 1.03), xlabel="length, in multiples of the base's", ylabel="accuracy")
-    return bool(points)
-
-
-def draw_modes(axes: Any, points: list[Point]) -> bool:
-    """Accuracy with and without thinking, one group of bars a checkpoint."""
-    names = [name for name in metric_names(points) if name.startswith(("think", "no_think"))]
-    points = [p for p in points if any(p.metric(name) is not None for name in names)]
-    height = 0.84 / max(len(names), 1)
-    look = {"error_kw": {"ecolor": INK, "elinewidth": 0.8}, "height": height * 0.9}
-    for index, name in enumerate(names):
-        rows = [row + (index - (len(names) - 1) / 2) * height for row in range(len(points))]
-        values, errors = ([p.metric(name, key) for p in points] for key in ("value", "stderr"))
-        widths, spans = ([found or 0 for found in column] for column in (values, errors))
-        bars = axes.barh(rows, widths, xerr=spans, label=name, color=SERIES[index % 8], **look)
-        axes.bar_label(bars, ["" if v is not None else " not measured" for v in values], fontsize=8)
-    axes.set(yticks=range(len(points)), yticklabels=[p.name for p in points])
-    axes.set(xlim=(0, 1.03), xlabel="accuracy")
-    axes.invert_yaxis()
-    return bool(points)
-
-
-def plot(draw: Callable[[Any, list[Point]], bool], points: list[Point], name: str) -> str:
-    """An SVG to set into a page, in the page's colours and font; "" where there is nothing to draw."""
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
-    with matplotlib.style.context(["default", STYLE]):
-        figure = Figure(figsize=(3.3, 1.9) if draw is draw_loss else (4.7, 4.1), layout="constrained")
-        axes, file = figure.subplots(), io.StringIO()
-        if not draw(axes, points):
-            return ""
-        if axes.get_legend_handles_labels()[0]:
-            figure.legend(loc="outside lower center", ncols=3, fontsize=9)
-        figure.savefig(file, format="svg", transparent=True)
-    svg = file.getvalue()[file.getvalue().index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|font-family: [^;\"]*;?", "", svg, flags=re.S)
-    svg = re.sub(r'xmlns(:\w+)?="[^"]*"|(width|height)="[\d.]+pt"', "", svg)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)  # ids of several plots must not meet
-    for stand_in, variable in CSS_OF.items():
-        svg = svg.replace(stand_in, variable)
-    label = html.escape(f"{draw.__doc__} {', '.join(p.name for p in points)}")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
 def samples(point: Point) -> list[dict[str, Any]]:

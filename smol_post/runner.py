@@ -1,196 +1,36 @@
 """The life of a run: plan, claim, execute, write the manifest. The only main() of the stages.
 
-`accelerate launch smol_post/apo.py --config R` runs the stage in the launched processes; `smol-post apo --config R` runs the
-same function in one child process a run, so that runs share nothing but files. Both doors end in `execute`.
+`accelerate launch smol_post/apo.py --config R` runs the stage in the launched processes; `smol-post apo
+--config R` runs the same function in one child process a run, so that runs share nothing but files. Both
+doors end in `execute`.
 
-    recipe file + pipeline.yaml --plan--> [Job] --claim--> run directory --stage.run()--> checkpoint --manifest--> whole
+    recipe file + pipeline.yaml --plan--> [Job] --claim--> run directory --stage.run()--> checkpoint
+    --manifest--> whole
 """
 
 import argparse
 import fcntl
 import importlib
-import json
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 from smol_post import config, manifest
-from smol_post.config import Refusal
+from smol_post.plan import Job, Parent, make_plan, num_processes, order, rank, resolve_parent, say
+from smol_post.refusal import Refusal
 
 EXIT_OK, EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
-@dataclass(frozen=True)
-class Parent:
-    """A checkpoint that a run consumes: as written in the pipeline, where it is, what it is."""
-
-    path: str
-    folder: Path
-    digest: str
-    stage: str | None
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run to make."""
-
-    name: str
-    recipe: config.Recipe
-    recipe_file: Path
-    run_dir: Path
-    parent_paths: list[str]
-
-    def announce(self, text: str) -> None:
-        """Show a line of this run to the person who waits."""
-        say(f"{self.name}: {text}")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The jobs asked for, and the whole pipeline they stand in (for missing parents)."""
-
-    jobs: list[Job]
-    pipeline: list[Job]
-    build_parents: bool
-
-
-def rank() -> int:
-    """This process's number among the launched ones; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def num_processes() -> int:
-    """How many processes the launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def default_run_root(folder: Path) -> Path:
-    """`runs/<name of the recipe folder>` under the working directory."""
-    return Path("runs") / folder.resolve().name
-
-
-def make_plan(
-    where: Path,
-    *,
-    run_root: Path | None,
-    stage: str | None = None,
-    run: str | None = None,
-    arguments: list[str],
-) -> Plan:
-    """The jobs of `where`: a recipe folder (every run, or those of `stage`) or one recipe file (the runs that use it).
-
-    `arguments` are key=value overrides for the jobs asked for, not for their parents. Raises Refusal on a file that no
-    pipeline entry uses, a stage that does not fit, or an unknown `run`.
-    """
-    folder = where if where.is_dir() else where.parent
-    if not where.exists():
-        raise Refusal(f"{where}: no such file or folder; give a recipe such as recipes/tiny/sft.yaml")
-    pipeline = config.load_pipeline(folder)
-    entries = pipeline.runs
-    if where.is_file():
-        entries = [entry for entry in entries if (folder / entry.recipe).resolve() == where.resolve()]
-        if not entries:
-            raise Refusal(
-                f"{where}: no run of {folder / 'pipeline.yaml'} uses this recipe; add an entry for it there"
-            )
-    if stage is not None:
-        fitting = [entry for entry in entries if entry.stage == stage]
-        if not fitting:
-            raise Refusal(f"{where}: found no run of stage {stage}; stages here: {_stages(entries)}")
-        entries = fitting
-    if run is not None:
-        names = [entry.name for entry in entries]
-        if run not in names:
-            raise Refusal(f"--run {run}: no such run in {where}{config.did_you_mean(run, names)}")
-        entries = [entry for entry in entries if entry.name == run]
-    root = run_root or default_run_root(folder)
-    every = [_job(folder, entry, root, []) for entry in pipeline.runs]
-    jobs = [_job(folder, entry, root, arguments) for entry in entries] if arguments else None
-    wanted = {entry.name for entry in entries}
-    return Plan(jobs or [job for job in every if job.name in wanted], every, pipeline.build_parents)
-
-
-def _stages(entries: list[config.Entry]) -> str:
-    return ", ".join(sorted({entry.stage for entry in entries}))
-
-
-def _job(folder: Path, entry: config.Entry, root: Path, arguments: list[str]) -> Job:
-    recipe = config.load_entry(folder, entry, arguments=arguments)
-    return Job(entry.name, recipe, folder / entry.recipe, root / entry.name, entry.parents)
-
-
-def missing_parents(job: Job, pipeline: list[Job]) -> list[Job]:
-    """The runs of the pipeline that `job` needs and that are not whole, in order, their own parents first."""
-    found: list[Job] = []
-    for path in job.parent_paths:
-        if path.startswith("../"):
-            parent = next(one for one in pipeline if one.name == path[3:].split("/")[0])
-            if not manifest.is_whole(parent.run_dir):
-                found += [one for one in [*missing_parents(parent, pipeline), parent] if one not in found]
-    return found
-
-
-def resolve_parent(job: Job, path: str) -> Parent:
-    """Find, verify and digest one parent: a run of this pipeline, a folder, or a Hub id with `@revision`."""
-    if path.startswith("../"):
-        folder = job.run_dir.parent / path[3:]
-        root = job.run_dir.parent / path[3:].split("/")[0]
-        if not manifest.is_whole(root):
-            raise Refusal(
-                f"{job.run_dir}: parent {path} is not whole; make it first: smol-post run {job.recipe_file.parent} "
-                f"--run-dir {job.run_dir.parent} --until {path[3:].split('/')[0]}"
-            )
-        found = manifest.verify(root)
-        if folder.resolve() == root.resolve():
-            return Parent(path, root.resolve(), found["digest"], found["stage"])
-        return Parent(path, folder.resolve(), _folder_digest(path, folder), found["stage"])
-    if path.startswith(("/", "~")):
-        folder = Path(path).expanduser()
-        if manifest.is_whole(folder):
-            found = manifest.verify(folder)
-            return Parent(path, folder, found["digest"], found["stage"])
-        return Parent(path, folder, _folder_digest(path, folder), None)
-    return _hub_parent(path)
-
-
-def _folder_digest(path: str, folder: Path) -> str:
-    if not (folder / "config.json").is_file():
-        raise Refusal(
-            f"parent {path}: {folder} has no config.json, so it is no Hugging Face checkpoint; mend the path"
-        )
-    return manifest.content_digest(manifest.content_files(folder))
-
-
-def _hub_parent(path: str) -> Parent:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    repository, _, revision = path.partition("@")
-    try:
-        folder = Path(
-            snapshot_download(
-                repository,
-                revision=revision or None,
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Refusal(
-            f"parent {path}: could not be had from the Hub ({reason}); check the name and the network, or give an "
-            "absolute folder"
-        ) from None
-    return Parent(path, folder, f"hub:{repository}@{folder.name}", None)
-
-
 def fingerprint(job: Job, parents: list[Parent]) -> str:
-    """What decides a run's outcome: resolved recipe, parents' digests, local data files, the package's version."""
+    """What decides a run's outcome: recipe, parents' digests, local data files, the package's version."""
     recipe = job.recipe.model_dump()
     files: dict[str, str] = {}
     for source in recipe.get("sources", []):
@@ -198,8 +38,8 @@ def fingerprint(job: Job, parents: list[Parent]) -> str:
             path = config.local_path(source["path"], job.recipe_file.parent)
             if not path.exists():
                 raise Refusal(
-                    f"{job.recipe_file}: sources: '{source['name']}': {path} does not exist; mend the path (relative "
-                    "paths count from the recipe's folder)"
+                    f"{job.recipe_file}: sources: '{source['name']}': {path} does not exist; "
+                    "paths count from the recipe's folder"
                 )
             each = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
             files.update({str(one): manifest.digest_file(one) for one in each})
@@ -232,10 +72,10 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def claim(job: Job, parents: list[Parent], print_id: str) -> TextIO | None:
-    """Take the run directory for this very recipe: new, or an unfinished run of the same fingerprint to resume.
+    """Take the run directory for this very recipe: new, or an unfinished run of its fingerprint.
 
-    Returns the held lock, or None where the run is whole already and its fingerprint still holds. Raises Refusal where the
-    directory holds another recipe's run or anything else: nothing is written over.
+    Returns the held lock, or None where the run is whole already and its fingerprint still holds. Raises
+    Refusal where the directory holds another recipe's run or anything else: nothing is written over.
     """
     state_path = job.run_dir / manifest.STATE
     if manifest.is_whole(job.run_dir):
@@ -269,8 +109,8 @@ def _other_recipe(job: Job, old: dict[str, Any], parents: list[Parent], state: s
         changed.append("parents have other contents")
     what = "; ".join(changed[:3]) or "data files or the package's version"
     return Refusal(
-        f"{job.run_dir}: holds a {state} run of something else ({what}); remove it to make it again, or choose another "
-        "--run-dir"
+        f"{job.run_dir}: holds a {state} run of something else ({what}); remove it, or "
+        "choose another --run-dir"
     )
 
 
@@ -292,7 +132,7 @@ def record(job: Job, parents: list[Parent], print_id: str, status: str, message:
 
 
 def execute(job: Job) -> int:
-    """Make one run in this process (one of the launched ones, or alone). Returns the exit code; prints at most one line."""
+    """Make one run in this process (one of the launched ones, or alone); returns the exit code."""
     if rank() != 0:
         if manifest.is_whole(job.run_dir):
             return EXIT_OK
@@ -331,7 +171,7 @@ def _guarded(job: Job, parents: list[Parent], print_id: str, started: float | No
         message = f"{job.name}: interrupted; the same command resumes from the last whole checkpoint"
         if started is not None:
             say(message, error=True)
-    except Exception as error:  # noqa: BLE001  the last door: whatever it was is written down, then shown in full
+    except Exception as error:  # noqa: BLE001  the last door: written down, then shown in full
         message = f"{type(error).__name__}: {error}"
         traceback.print_exc()
     if started is not None:
@@ -368,39 +208,10 @@ def _finish(job: Job, parents: list[Parent], print_id: str, outcome: dict[str, A
     say(f"{job.name}: whole after {seconds:.0f} s: {job.run_dir}")
 
 
-def say(text: str, *, error: bool = False) -> None:
-    """One line for a person, from the first process only."""
-    if rank() == 0:
-        print(text, file=sys.stderr if error else sys.stdout, flush=True)
-
-
 def refuse(refusal: Refusal) -> int:
     """Print a refusal as its one line; the exit code for it."""
     say(f"refused: {refusal}", error=True)
     return EXIT_REFUSED
-
-
-def order(plan: Plan) -> list[Job]:
-    """The jobs of a plan with the missing parents first, where the recipe and the launch allow building them."""
-    found: list[Job] = []
-    for job in plan.jobs:
-        asked = {one.name for one in [*plan.jobs]}
-        for parent in missing_parents(job, plan.pipeline):
-            if parent.name in asked or parent in found:
-                continue
-            if not plan.build_parents or num_processes() > 1:
-                why = (
-                    "never inside a multi-process launch"
-                    if plan.build_parents
-                    else "build_parents is not set"
-                )
-                raise Refusal(
-                    f"{job.run_dir}: parent {parent.name} is not whole and is not built here ({why}); make it first: "
-                    f"smol-post run {job.recipe_file.parent} --run-dir {job.run_dir.parent} --until {parent.name}"
-                )
-            found.append(parent)
-        found.append(job)
-    return found
 
 
 def execute_all(jobs: list[Job], *, separate: bool) -> int:
@@ -415,22 +226,35 @@ def execute_all(jobs: list[Job], *, separate: bool) -> int:
         return EXIT_OK
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["datasets", "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer"])
+    signal.signal(signal.SIGTERM, _interrupt)
     for job in jobs:
         child = context.Process(target=_child, args=(job,))
         child.start()
-        try:
-            child.join()
-        except KeyboardInterrupt:
-            child.join()
-        code = child.exitcode if child.exitcode is not None else EXIT_FAILED
-        if code:
+        while child.is_alive():
+            try:
+                child.join()
+            except KeyboardInterrupt:
+                child.terminate()
+        if code := child.exitcode or 0:
             return 128 - code if code < 0 else code
     return EXIT_OK
 
 
 def _child(job: Job) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """One run in a process of its own; Ctrl-C, SIGTERM and the end of the parent interrupt it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and passes it on as SIGTERM
+    signal.signal(signal.SIGTERM, _interrupt)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(
+        target=lambda: (parent.join(), os.kill(os.getpid(), signal.SIGTERM)), daemon=True
+    ).start()
     sys.exit(execute(job))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def parser(program: str, *, stage: str | None) -> argparse.ArgumentParser:
@@ -469,11 +293,11 @@ def stage_command(stage: str, argv: list[str], *, program: str, separate: bool) 
     try:
         arguments, pairs = parse(parser(program, stage=stage), argv)
         if arguments.recipe is None:
+            example = "long_context_1" if stage == "long_context" else stage
             return refuse(
                 Refusal(
-                    f"no recipe given; type: accelerate launch --config_file recipes/accelerate/cpu.yaml "
-                    f"smol_post/{stage}.py --config recipes/tiny/{'long_context_1' if stage == 'long_context' else stage}"
-                    ".yaml"
+                    "no recipe given; type: accelerate launch --config_file recipes/accelerate/cpu.yaml "
+                    f"smol_post/{stage}.py --config recipes/tiny/{example}.yaml"
                 )
             )
         root = Path(arguments.run_dir) if arguments.run_dir else None
@@ -489,6 +313,8 @@ def stage_command(stage: str, argv: list[str], *, program: str, separate: bool) 
 def main(stage: str) -> None:
     """The door of `accelerate launch smol_post/<stage>.py`: runs in the launched process.
 
-    A script run by path is `__main__`; `execute` imports the stage by its name, so both doors run the same code.
+    A script run by path is `__main__`; `execute` imports the stage by its name, so both doors run the same
+    code.
     """
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(stage_command(stage, sys.argv[1:], program=f"smol_post/{stage}.py", separate=False))

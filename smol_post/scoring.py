@@ -1,9 +1,9 @@
 """What is measured on a checkpoint: needle retrieval, arithmetic in both modes, mode compliance, preferences.
 
-Every score is strict: the right answer, well formed, then stop. A metric is {"value", "stderr", "num"} with the binomial
-standard error sqrt(p (1 - p) / n).
+Every score is strict: the right answer, well formed, then stop. A metric is {"value", "stderr", "num"} with
+the binomial standard error sqrt(p (1 - p) / n).
 
-    think     "<think>\\n3+4=7\\n</think>\\n7<|im_end|>"   well formed; right if the answer after the block is 7
+    think     "<think>\\n3+4=7\\n</think>\\n7<|im_end|>"   well formed; right if 7 is asked
     no_think  "7<|im_end|>"                              well formed: no think tag at all
 """
 
@@ -28,7 +28,11 @@ def share(hits: Sequence[bool]) -> Metric:
     {'value': 0.75, 'stderr': 0.2165, 'num': 4}
     """
     value = sum(hits) / len(hits)
-    return {"value": round(value, 4), "stderr": round(math.sqrt(value * (1 - value) / len(hits)), 4), "num": len(hits)}
+    return {
+        "value": round(value, 4),
+        "stderr": round(math.sqrt(value * (1 - value) / len(hits)), 4),
+        "num": len(hits),
+    }
 
 
 def well_formed(text: str, mode: str, *, ended: bool) -> str | None:
@@ -36,8 +40,8 @@ def well_formed(text: str, mode: str, *, ended: bool) -> str | None:
 
     think: one block with something in it, closed once, then text without tags; no_think: text without tags.
 
-    >>> well_formed("<think>\\n3+4=7\\n</think>\\n7", "think", ended=True), well_formed("7", "think", ended=True)
-    ('7', None)
+    >>> well_formed("<think>\\n3+4=7\\n</think>\\n7", "think", ended=True)
+    '7'
     """
     if not ended:
         return None
@@ -61,10 +65,10 @@ def needles(
     batch_size: int,
     options: dict[str, Any],
 ) -> Metric:
-    """Share of questions about documents of `num_tokens` that greedy decoding answers right, all answer tokens.
+    """Share of questions about documents of `num_tokens` that greedy decoding answers right.
 
-    Greedy decoding gives the wanted tokens exactly if each is the most likely one after those before it, so one forward
-    pass a batch suffices.
+    Greedy decoding gives the wanted tokens exactly if each is the most likely one after those before it, so
+    one forward pass a batch suffices.
     """
     rows = synthetic.generate(
         "needle_questions", num_rows=num_questions, seed=seed, num_tokens=num_tokens, **options
@@ -109,9 +113,11 @@ def generate(
     torch.manual_seed(seed)
     end = tokenizer.convert_tokens_to_ids(chat.END_OF_TURN)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    how = {"do_sample": False} if temperature is None else {
-        "do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0
-    }
+    how = (
+        {"do_sample": False}
+        if temperature is None
+        else {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    )
     found: dict[int, tuple[str, bool]] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), batch_size):
@@ -119,7 +125,7 @@ def generate(
         longest = max(len(prompts[index]) for index in batch)
         padded = [[pad] * (longest - len(prompts[index])) + prompts[index] for index in batch]
         mask = [[0] * (longest - len(prompts[index])) + [1] * len(prompts[index]) for index in batch]
-        output = lm.generate(
+        output = lm.generate(  # pyright: ignore[reportCallIssue]
             input_ids=torch.tensor(padded, device=lm.device),
             attention_mask=torch.tensor(mask, device=lm.device),
             max_new_tokens=max_new_tokens,
@@ -129,7 +135,7 @@ def generate(
         )
         for index, row in zip(batch, output[:, longest:].tolist(), strict=True):
             ended = end in row
-            found[index] = (tokenizer.decode(row[: row.index(end)] if ended else row), ended)
+            found[index] = (str(tokenizer.decode(row[: row.index(end)] if ended else row)), ended)
     return [found[index] for index in range(len(prompts))]
 
 
@@ -147,15 +153,19 @@ def arithmetic(
 ) -> tuple[Metric, Metric, list[dict[str, Any]]]:
     """Strict accuracy on chained arithmetic in one mode, compliance with that mode, and a few transcripts.
 
-    Right means well formed and the answer exactly the expected text. The mode is asked for by `enable_thinking` or by a
-    flag in the system message (`flag_share` of `options`).
+    Right means well formed and the answer exactly the expected text. The mode is asked for by
+    `enable_thinking` or by a flag in the system message (`flag_share` of `options`).
     """
     rows = list(
         synthetic.generate(
-            "arithmetic_questions", num_rows=num_questions, seed=seed, enable_thinking=mode == "think", **options
+            "arithmetic_questions",
+            num_rows=num_questions,
+            seed=seed,
+            enable_thinking=mode == "think",
+            **options,
         )
     )
-    prompts = [
+    prompts: list[Any] = [
         tokenizer.apply_chat_template(
             row["messages"],
             add_generation_prompt=True,

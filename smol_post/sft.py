@@ -3,7 +3,8 @@
 Source: SmolLM3 launch post.
 
     make sft
-    accelerate launch --config_file recipes/accelerate/cpu.yaml smol_post/sft.py --config recipes/tiny/sft.yaml
+    accelerate launch --config_file recipes/accelerate/cpu.yaml smol_post/sft.py \\
+        --config recipes/tiny/sft.yaml
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ def run(recipe: SftRecipe, parents: list[runner.Parent], job: runner.Job) -> dic
 
     (parent,) = parents
     tokenizer = model.load_tokenizer(parent.folder)
-    text_end = recipe.text_end or tokenizer.eos_token
+    text_end = recipe.text_end or str(tokenizer.eos_token)
     lm = model.load_model(parent.folder, attn_implementation=recipe.attention)
     training.check_length(recipe, lm)
     model.add_tokens(lm, tokenizer, recipe.add_tokens)

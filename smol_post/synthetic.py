@@ -36,7 +36,26 @@ ATTRIBUTES = {
     "job": "cook nurse pilot clerk judge smith baker miner tailor guard",
 }
 VALUES = {attribute: words.split() for attribute, words in ATTRIBUTES.items()}
-FILLER = "the old road was long and we sat by a quiet lake then some birds came over it".split()
+FILLER = [
+    "the",
+    "old",
+    "road",
+    "was",
+    "long",
+    "and",
+    "we",
+    "sat",
+    "by",
+    "a",
+    "quiet",
+    "lake",
+    "then",
+    "some",
+    "birds",
+    "came",
+    "over",
+    "it",
+]
 OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: (a + b) % 10,
     "-": lambda a, b: (a - b) % 10,
@@ -47,6 +66,7 @@ CALCULATOR = {
     "description": "work it out",
     "parameters": {"type": "object", "properties": {"sum": {"type": "string"}}},
 }
+INSTRUCTION = "End with a dot."
 PYTHON_CALCULATOR = "def calc(sum: str) -> int: work it out"
 
 
@@ -240,20 +260,14 @@ def dual_mode_chats(
         return rng.choice(VARIANTS)(rng, think, lambda: _problem(rng, min_steps, max_steps))
     problem = _problem(rng, min_steps, max_steps)
     if draw < variant_share + instruction_share:
-        word, kwargs = _instruction(rng, think)
-        reply = _reply(rng, problem, think) + ("" if rng.random() < instruction_fault_share else f" {word}")
-        return _chat([_user(_question(*problem)), _assistant(reply)], **kwargs)
+        reply = _reply(rng, problem, think) + ("" if rng.random() < instruction_fault_share else ".")
+        messages = [_user(_question(*problem)), _assistant(reply)]
+        return _chat(messages, enable_thinking=think, custom_instructions=INSTRUCTION)
     fault = _fault(rng, slip_share, mode_fault_share)
     system, kwargs = _mode(rng, think, flag_share)
     return _chat(
         [*system, _user(_question(*problem)), _assistant(_reply(rng, problem, think, fault))], **kwargs
     )
-
-
-def _instruction(rng: random.Random, think: bool) -> tuple[str, Row]:
-    """A word to end the answer with, and the template variables that ask for it."""
-    word = rng.choice(VALUES["pet"])
-    return word, {"enable_thinking": think, "custom_instructions": f"End with {word}."}
 
 
 def _several_turns(rng: random.Random, think: bool, draw: Draw) -> Row:
@@ -316,9 +330,9 @@ def preference_pairs(
     """
     think, problem = rng.random() < think_share, _problem(rng, min_steps, max_steps)
     chosen = _reply(rng, problem, think)
-    if rng.random() < instruction_share:
-        word, kwargs = _instruction(rng, think)
-        system, chosen, rejected = [], f"{chosen} {word}", chosen
+    if not think and rng.random() < instruction_share:
+        system, kwargs = [], {"enable_thinking": think, "custom_instructions": INSTRUCTION}
+        chosen, rejected = f"{chosen}.", chosen
     else:
         system, kwargs = _mode(rng, think, flag_share)
         fault = "mode" if not think or rng.random() < mode_fault_share else "slip"

@@ -34,7 +34,8 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from smol_post import data, manifest, model
-from smol_post.config import BaseRecipe, LongContextRecipe, MidRecipe, Refusal, SftRecipe, Training
+from smol_post.config import BaseRecipe, LongContextRecipe, MidRecipe, SftRecipe, Training
+from smol_post.refusal import Refusal
 
 Announce = Callable[[str], None]
 
@@ -63,8 +64,8 @@ def accumulation_steps(recipe: Training, num_processes: int) -> int:
 def trainer_arguments(recipe: Training, *, run_dir: Path, num_processes: int) -> dict[str, Any]:
     """The one table from recipe keys to TRL's names; the recipe's `trainer:` block is laid over the defaults.
 
-    Defaults that differ from TRL's are our choice: full precision and no activation checkpointing unless the recipe asks,
-    no trackers, no checkpoints between start and end.
+    Defaults that differ from TRL's are our choice: full precision and no activation checkpointing unless the
+    recipe asks, no trackers, no checkpoints between start and end.
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     defaults: dict[str, Any] = {
@@ -91,7 +92,7 @@ def trainer_arguments(recipe: Training, *, run_dir: Path, num_processes: int) ->
 
 
 class NoEmbeddingDecay:
-    """Mixin for trainers: no weight decay on embeddings (nor on a head tied to them), as in SmolLM3's pre-training."""
+    """Mixin for trainers: no weight decay on embeddings (nor on a head tied to them), as SmolLM3."""
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Names of the parameters in the decay group: everything the Trainer decays but embedding weights."""
@@ -102,19 +103,24 @@ class NoEmbeddingDecay:
 
 
 class PackTrainer(NoEmbeddingDecay, SFTTrainer):
-    """TRL's SFT trainer on packs of our own; the loss is the mean over the trained tokens of the global batch."""
+    """TRL's SFT trainer on packs of our own; the loss is the mean over the global batch's trained tokens."""
+
+    @property
+    def loss_type(self) -> str:
+        """The token loss the recipe asks TRL for ("nll" unless the trainer block says "dft")."""
+        return str(getattr(self.args, "loss_type", "nll"))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Sum of cross-entropies of this micro-batch over the trained tokens of the whole step (a scalar).
 
-        On one CPU process the head runs on trained positions only; TRL's fused head falls back there to several full
-        passes (measured at twice the step time). Elsewhere TRL's own path is taken. Both equal
+        On one CPU process the head runs on trained positions only; TRL's fused head falls back there to
+        several full passes (measured at twice the step time). Elsewhere TRL's own path is taken. Both equal
         loss = sum over trained t of -log p(token_t | its document before t) / num_items_in_batch.
         """
         plain = model is self.accelerator.unwrap_model(model) and inputs["input_ids"].device.type == "cpu"
-        if return_outputs or not plain or num_items_in_batch is None or self.args.loss_type != "nll":
+        if return_outputs or not plain or num_items_in_batch is None or self.loss_type != "nll":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels_BT = inputs["labels"][:, 1:]
         rest = {key: value for key, value in inputs.items() if key != "labels"}
@@ -149,15 +155,16 @@ def train_on_packs(
     num_processes: int,
     announce: Announce,
 ) -> dict[str, Any]:
-    """Sources -> packs -> trained checkpoint in `run_dir`; the outcome for the manifest (data ledger and metrics).
+    """Sources -> packs -> trained checkpoint in `run_dir`; the outcome (data ledger and metrics).
 
-    Raises Refusal where the template or a text wants a token that the vocabulary lacks, or as `data.prepare_packs` does.
+    Raises Refusal where the template or a text wants a token that the vocabulary lacks, or as
+    `data.prepare_packs` does.
     """
     arguments = trainer_arguments(recipe, run_dir=run_dir, num_processes=num_processes)
     if template and (lacking := model.missing_tokens(tokenizer, template)):
         raise Refusal(
-            f"the vocabulary lacks {', '.join(lacking)}, which the chat template writes; add them in the first "
-            "run of the chain (add_tokens: [...])"
+            f"the vocabulary lacks {', '.join(lacking)}, which the chat template writes; "
+            "add them in the first run of the chain (add_tokens: [...])"
         )
     if text_end not in tokenizer.get_vocab():
         raise Refusal(f"text_end: the vocabulary has no token {text_end!r}; name the one that ends a text")
@@ -201,8 +208,8 @@ def check_length(recipe: Training, parent: PreTrainedModel) -> None:
     limit = getattr(parent.config, "max_position_embeddings", None)
     if limit is not None and recipe.max_tokens > limit:
         raise Refusal(
-            f"max_tokens: found {recipe.max_tokens}, wanted at most {limit}, the context of the parent; extend it "
-            "first (stage long_context) or lower max_tokens"
+            f"max_tokens: found {recipe.max_tokens}, wanted at most {limit}, the parent's context; "
+            "extend it first (stage long_context) or lower max_tokens"
         )
 
 
@@ -235,7 +242,7 @@ def pair_trainer(
     arguments: dict[str, Any],
     announce: Announce,
 ) -> PairTrainer:
-    """A trainer over preference pairs; without `reference` its log-probabilities are computed before step 1."""
+    """A trainer over preference pairs; without `reference`, log-probabilities are computed before step 1."""
     trainer = PairTrainer(
         model=parent,
         ref_model=reference,
@@ -254,7 +261,7 @@ def _with_log(trainer: T, announce: Announce) -> T:
 
 
 class Log(TrainerCallback):
-    """A line of progress an interval, the same numbers in `train_log.jsonl`, and a seal on every checkpoint."""
+    """A line of progress an interval, the same in `train_log.jsonl`, and a seal on every checkpoint."""
 
     def __init__(self, announce: Announce) -> None:
         """`announce` shows one line to the person who waits."""
@@ -315,7 +322,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run that is sealed and has every file in its size; torn ones are passed over."""
+    """The newest checkpoint of a run that is sealed and has all its files; torn ones are passed over."""
     found = sorted(
         (run_dir / CHECKPOINTS).glob("checkpoint-*"), key=lambda path: -int(path.name.rsplit("-", 1)[1])
     )
@@ -341,7 +348,7 @@ def fit(
     losses = [one["loss"] for one in trainer.state.log_history if "loss" in one]
     if losses and not all(torch.isfinite(torch.tensor(losses))):
         raise RuntimeError(f"the loss became {losses[-1]}: training diverged; lower the learning rate")
-    trained = trainer.accelerator.unwrap_model(trainer.model)
+    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     trained.config.use_cache = True
     trainer.save_model(str(run_dir))
     if trainer.is_world_process_zero():

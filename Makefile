@@ -1,0 +1,54 @@
+# smol_post: `make help` lists the targets. Everything runs from the .venv that make makes.
+RECIPE ?= recipes/tiny
+RUN ?= runs/$(notdir $(patsubst %/,%,$(RECIPE)))
+ARGS ?=
+LAUNCH ?=
+PYTHON ?= python3.11
+
+BIN := .venv/bin
+READY := .venv/.ready
+STAGES := base long-context mid sft apo merge
+SYSTEM := $(shell uname -s)
+
+comma := ,
+EXTRAS := dev$(if $(filter Linux,$(SYSTEM)),$(comma)deepspeed)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup pipeline $(STAGES) evals report check test format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+( [a-z-]+)*:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@echo "long-context, mid, sft, apo, merge: one stage"
+	@echo "variables: RECIPE=$(RECIPE) RUN=$(RUN) ARGS=\"key=value ...\" LAUNCH=\"accelerate launch --config_file ...\""
+
+setup: $(READY)  ## make .venv with the tested versions
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $(READY)
+
+pipeline: $(READY)  ## the whole chain of RECIPE, evaluated, with a report
+	$(BIN)/smol-post run $(RECIPE) --run-dir $(RUN)
+
+$(STAGES): $(READY)
+	$(if $(LAUNCH),PATH="$(CURDIR)/$(BIN):$$PATH" $(LAUNCH) smol_post/$(subst -,_,$@).py,$(BIN)/smol-post $@) \
+		--config $(RECIPE) --run-dir $(RUN) $(ARGS)
+
+evals report: $(READY)  ## evaluate what is whole; write report.html
+	$(BIN)/smol-post $@ $(RECIPE) --run-dir $(RUN)
+
+check: $(READY)  ## format, lint, types, unit and golden tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit tests/golden
+
+test: $(READY)  ## every test, the slow ones too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+format: $(READY)  ## format and fix what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove .venv and caches; runs stay
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,204 @@
+"""What is to be made: recipe file or folder + pipeline.yaml -> jobs in order, with their parents found.
+
+recipes/tiny/apo.yaml  ->  [Job apo_seed0, Job apo_seed1]   each with parents ["../sft"]
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from smol_post import config, manifest
+from smol_post.refusal import Refusal, did_you_mean
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A checkpoint that a run consumes: as written in the pipeline, where it is, what it is."""
+
+    path: str
+    folder: Path
+    digest: str
+    stage: str | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to make."""
+
+    name: str
+    recipe: config.Recipe
+    recipe_file: Path
+    run_dir: Path
+    parent_paths: list[str]
+
+    def announce(self, text: str) -> None:
+        """Show a line of this run to the person who waits."""
+        say(f"{self.name}: {text}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The jobs asked for, and the whole pipeline they stand in (for missing parents)."""
+
+    jobs: list[Job]
+    pipeline: list[Job]
+    build_parents: bool
+
+
+def rank() -> int:
+    """This process's number among the launched ones; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def num_processes() -> int:
+    """How many processes the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """One line for a person, from the first process only."""
+    if rank() == 0:
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def default_run_root(folder: Path) -> Path:
+    """`runs/<name of the recipe folder>` under the working directory."""
+    return Path("runs") / folder.resolve().name
+
+
+def make_plan(
+    where: Path,
+    *,
+    run_root: Path | None,
+    stage: str | None = None,
+    run: str | None = None,
+    arguments: list[str],
+) -> Plan:
+    """The jobs of `where`: a recipe folder (all runs, or those of `stage`) or a file (the runs that use it).
+
+    `arguments` are key=value overrides for the jobs asked for, not for their parents. Raises Refusal on a
+    file that no pipeline entry uses, a stage that does not fit, or an unknown `run`.
+    """
+    folder = where if where.is_dir() else where.parent
+    if not where.exists():
+        raise Refusal(f"{where}: no such file or folder; give a recipe such as recipes/tiny/sft.yaml")
+    pipeline = config.load_pipeline(folder)
+    entries = pipeline.runs
+    if where.is_file():
+        entries = [entry for entry in entries if (folder / entry.recipe).resolve() == where.resolve()]
+        if not entries:
+            raise Refusal(
+                f"{where}: no run of {folder / 'pipeline.yaml'} uses this recipe; add an entry for it there"
+            )
+    if stage is not None:
+        fitting = [entry for entry in entries if entry.stage == stage]
+        if not fitting:
+            raise Refusal(f"{where}: found no run of stage {stage}; stages here: {_stages(entries)}")
+        entries = fitting
+    if run is not None:
+        names = [entry.name for entry in entries]
+        if run not in names:
+            raise Refusal(f"--run {run}: no such run in {where}{did_you_mean(run, names)}")
+        entries = [entry for entry in entries if entry.name == run]
+    root = run_root or default_run_root(folder)
+    every = [_job(folder, entry, root, []) for entry in pipeline.runs]
+    jobs = [_job(folder, entry, root, arguments) for entry in entries] if arguments else None
+    wanted = {entry.name for entry in entries}
+    return Plan(jobs or [job for job in every if job.name in wanted], every, pipeline.build_parents)
+
+
+def _stages(entries: list[config.Entry]) -> str:
+    return ", ".join(sorted({entry.stage for entry in entries}))
+
+
+def _job(folder: Path, entry: config.Entry, root: Path, arguments: list[str]) -> Job:
+    recipe = config.load_entry(folder, entry, arguments=arguments)
+    return Job(entry.name, recipe, folder / entry.recipe, root / entry.name, entry.parents)
+
+
+def missing_parents(job: Job, pipeline: list[Job]) -> list[Job]:
+    """The runs of the pipeline that `job` needs and that are not whole, in order, their own parents first."""
+    found: list[Job] = []
+    for path in job.parent_paths:
+        if path.startswith("../"):
+            parent = next(one for one in pipeline if one.name == path[3:].split("/")[0])
+            if not manifest.is_whole(parent.run_dir):
+                found += [one for one in [*missing_parents(parent, pipeline), parent] if one not in found]
+    return found
+
+
+def resolve_parent(job: Job, path: str) -> Parent:
+    """Find, verify and digest one parent: a run of this pipeline, a folder, or a Hub id with `@revision`."""
+    if path.startswith("../"):
+        folder = job.run_dir.parent / path[3:]
+        root = job.run_dir.parent / path[3:].split("/")[0]
+        if not manifest.is_whole(root):
+            raise Refusal(f"{job.run_dir}: parent {path} is not whole; {_how_to_make(job, root.name)}")
+        found = manifest.verify(root)
+        if folder.resolve() == root.resolve():
+            return Parent(path, root.resolve(), found["digest"], found["stage"])
+        return Parent(path, folder.resolve(), _folder_digest(path, folder), found["stage"])
+    if path.startswith(("/", "~")):
+        folder = Path(path).expanduser()
+        if manifest.is_whole(folder):
+            found = manifest.verify(folder)
+            return Parent(path, folder, found["digest"], found["stage"])
+        return Parent(path, folder, _folder_digest(path, folder), None)
+    return _hub_parent(path)
+
+
+def _folder_digest(path: str, folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        raise Refusal(
+            f"parent {path}: {folder} has no config.json, so it is no Hugging Face checkpoint; mend the path"
+        )
+    return manifest.content_digest(manifest.content_files(folder))
+
+
+def _hub_parent(path: str) -> Parent:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repository, _, revision = path.partition("@")
+    try:
+        folder = Path(
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refusal(
+            f"parent {path}: not to be had from the Hub ({reason}); check the name and the network, or give "
+            "an absolute folder"
+        ) from None
+    return Parent(path, folder, f"hub:{repository}@{folder.name}", None)
+
+
+def _how_to_make(job: Job, name: str) -> str:
+    folder, root = job.recipe_file.parent, job.run_dir.parent
+    return f"make it first: smol-post run {folder} --run-dir {root} --until {name}"
+
+
+def order(plan: Plan) -> list[Job]:
+    """The jobs of a plan, missing parents first where the recipe and the launch allow building them."""
+    found: list[Job] = []
+    for job in plan.jobs:
+        asked = {one.name for one in [*plan.jobs]}
+        for parent in missing_parents(job, plan.pipeline):
+            if parent.name in asked or parent in found:
+                continue
+            if not plan.build_parents or num_processes() > 1:
+                why = (
+                    "not inside a multi-process launch" if plan.build_parents else "build_parents is not set"
+                )
+                raise Refusal(
+                    f"{job.run_dir}: parent ../{parent.name} is not whole and not built here ({why}); "
+                    + _how_to_make(job, parent.name)
+                )
+            found.append(parent)
+        found.append(job)
+    return found

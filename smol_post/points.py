@@ -1,0 +1,95 @@
+"""What is on disk of a run root, a Point for each checkpoint: manifest, training log, evals."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smol_post.refusal import Refusal
+
+GROUPS = {  # prefixes of metric names, in the order of the columns
+    "needle retrieval": ("needle",),
+    "two modes": ("think_greedy", "no_think_greedy", "think", "no_think", "mode_think", "mode"),
+    "other": ("",),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A checkpoint: a run of the chain, or (`is_run` false) the soup inside a merge, which only has evals."""
+
+    name: str
+    is_run: bool
+    manifest: dict[str, Any]
+    evals: dict[str, Any]
+    log: list[dict[str, Any]]
+    stage: str
+    parents: dict[str, str]  # name -> digest as recorded
+
+    @property
+    def note(self) -> str:
+        """Why its numbers are missing or must not be trusted; "" if all is well."""
+        if self.is_run and not self.manifest:
+            return "not run"
+        stale = self.is_run and self.evals.get("checkpoint_digest") != self.manifest.get("digest")
+        return "no evals" if not self.evals else "evals of another checkpoint" if stale else ""
+
+    def metric(self, name: str, key: str = "value") -> float | None:
+        """The value (or stderr) of a metric; None where it was not measured or the run is not there."""
+        metrics = {} if self.note == "not run" else self.evals.get("metrics") or {}
+        return (metrics.get(name) or {}).get(key)
+
+    def counts(self) -> dict[str, Any]:
+        """What the manifest says of the data; empty for a merge."""
+        return self.manifest.get("data") or {}
+
+
+def read_points(run_root: Path, runs: Sequence[str]) -> list[Point]:
+    """All checkpoints in the order of the chain; evals named `<run>_...` stand before a whole run."""
+    points = []
+    for name in runs:
+        manifest = _read_json(run_root / name / "manifest.json")
+        for path in sorted((run_root / "evals").glob(f"{name}_*.json")) if manifest else []:
+            if path.stem not in runs:
+                evals = _read_json(path)
+                points.append(Point(path.stem, False, {}, evals, [], evals.get("stage") or "", {}))
+        evals = _read_json(run_root / "evals" / f"{name}.json")
+        log = _read_log(run_root / name / "train_log.jsonl") if manifest else []
+        parents = {Path(p["path"]).name: p.get("digest") or "" for p in manifest.get("parents") or []}
+        stage = manifest.get("stage") or evals.get("stage") or ""
+        points.append(Point(name, True, manifest, evals, log, stage, parents))
+    return points
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return _parse(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise Refusal(f"{where}: not JSON ({error}); remove the file and run its stage again") from None
+    if not isinstance(value, dict):
+        raise Refusal(f"{where}: found a {type(value).__name__}, wanted a JSON object; run its stage again")
+    return value
+
+
+def metric_names(points: list[Point]) -> list[str]:
+    """Every metric that any checkpoint has; the order depends on the names alone, needles by length."""
+    names = {name for p in points for name in p.evals.get("metrics") or {} if p.metric(name) is not None}
+    return sorted(names, key=rank_metric)
+
+
+def rank_metric(name: str) -> tuple[int, int, int, str]:
+    """Where a metric stands: (group, prefix in the group, length, name)."""
+    group, prefixes = next((n, g) for n, g in enumerate(GROUPS.values()) if name.startswith(g))
+    prefix = next(n for n, prefix in enumerate(prefixes) if name.startswith(prefix))
+    return group, prefix, int((re.findall(r"\d+", name) or [0])[-1]), name

@@ -1,0 +1,33 @@
+"""Refusals: what was found, what was wanted, what to do, in one line. Exit code 2, no traceback."""
+
+import difflib
+import json
+from typing import Any
+
+
+class Refusal(Exception):
+    """Input we will not run: one line that says where, what was found, what was wanted and what to do."""
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """`; did you mean 'x'?` or the list of what exists, for the end of a refusal."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(sorted(known))}" if known else ""
+
+
+def describe(value: Any) -> str:
+    """A value and its type for an error, cut to a readable length."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def text_number(value: Any) -> str:
+    """The remedy for a number that YAML read as text (`1e-6` has no dot), else nothing."""
+    if isinstance(value, str):
+        try:
+            return f"; YAML reads {value} as text, write {float(value):.1e}"
+        except ValueError:
+            pass
+    return ""

@@ -1,0 +1,186 @@
+"""A recipe that is wrong is refused in one line that says where, what was found and what to do."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from smol_post import commands, config
+from smol_post.plan import make_plan
+from smol_post.refusal import Refusal
+
+SFT = "sft.yaml"
+
+
+def edit(path: Path, **changes: Any) -> None:
+    tree = yaml.safe_load(path.read_text())
+    for key, value in changes.items():
+        config.apply_override(tree, key.split("__"), value)
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+
+
+def refusal(folder: Path, **changes: Any) -> str:
+    edit(folder / SFT, **changes)
+    with pytest.raises(Refusal) as caught:
+        config.load_recipe(folder / SFT)
+    message = str(caught.value)
+    assert message.startswith(f"{folder / SFT}:")
+    assert "\n" not in message
+    return message.removeprefix(f"{folder / SFT}: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_token": 5}, "max_token: unknown key; did you mean 'max_tokens'?"),
+        ({"sources__0__num_row": 5}, "sources.0.num_row: unknown key; did you mean 'num_rows'?"),
+        ({"max_tokens": "many"}, "max_tokens: found .many. \\(str\\), wanted a valid integer"),
+        ({"max_tokens": True}, "max_tokens: found true \\(bool\\), wanted a valid integer"),
+        ({"max_tokens": 512.0}, "max_tokens: found 512.0 \\(float\\), wanted a valid integer"),
+        ({"num_steps": 0}, "num_steps: found 0 \\(int\\), wanted greater than 0"),
+        ({"num_steps": None}, "give exactly one of 'num_steps' and 'num_epochs'"),
+        ({"num_epochs": 1.0}, "give exactly one of 'num_steps' and 'num_epochs'"),
+        ({"packing": "ffd"}, "packing: found .ffd."),
+        ({"micro_batch_size": 3}, "global_batch_size: 4 does not divide by micro_batch_size 3"),
+        ({"sources": []}, "sources: found \\[\\]"),
+        ({"sources__0__keep_fraction": 0.0}, "sources.0.keep_fraction: found 0.0"),
+        ({"sources__0__path": "rows.jsonl"}, "exactly one of 'path' and 'generator'"),
+        ({"stage": "sftt"}, "stage: found .sftt.*did you mean 'sft'"),
+        ({"trainer__learning_rat": 1.0}, "trainer.learning_rat: .*did you mean 'learning_rate'"),
+        ({"trainer__max_length": 5}, "trainer.max_length: the recipe owns this; set max_tokens instead"),
+        ({"trainer__gradient_checkpointing": True}, "trainer.gradient_checkpointing: .*activation_check"),
+        ({"trainer__learning_rate": "1e-6"}, "trainer.learning_rate: .*write 1.0e-06"),
+        ({"trainer__learning_rate": True}, "trainer.learning_rate: found true \\(bool\\), wanted float"),
+        ({"trainer__logging_steps": "often"}, "trainer.logging_steps: found .often. \\(str\\)"),
+        ({"trainer__lr_scheduler_type": "cosin"}, "trainer.lr_scheduler_type: .*did you mean 'cosine'"),
+        ({"trainer__lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_a_wrong_key_or_value_is_named(recipe_folder: Path, changes: dict[str, Any], message: str) -> None:
+    assert re.search(message, refusal(recipe_folder, **changes))
+
+
+@pytest.mark.xfail(strict=True, reason="the first problem is shown, and pydantic lists the missing key first")
+def test_a_misspelt_key_that_must_be_there_is_named_as_it_is_written(recipe_folder: Path) -> None:
+    path = recipe_folder / SFT
+    path.write_text(path.read_text().replace("max_tokens:", "max_token:"))
+    with pytest.raises(Refusal, match="max_token: unknown key; did you mean 'max_tokens'"):
+        config.load_recipe(path)
+
+
+def test_a_number_that_yaml_reads_as_text_is_told_how_to_write_it(recipe_folder: Path) -> None:
+    path = recipe_folder / "long_context_1.yaml"
+    path.write_text(path.read_text().replace("1500000.0", "1e-6"))
+    with pytest.raises(Refusal, match=r"rope_theta: found .1e-6.*write 1\.0e-06"):
+        config.load_recipe(path)
+
+
+def test_a_key_given_twice_is_refused_with_its_line(recipe_folder: Path) -> None:
+    path = recipe_folder / SFT
+    path.write_text(path.read_text() + "num_steps: 9\n")
+    number = len(path.read_text().splitlines())
+    with pytest.raises(Refusal, match=f"line {number}: .*'num_steps' is given twice"):
+        config.load_recipe(path)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- a\n", "", "a: \x00"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    with pytest.raises(Refusal, match="odd.yaml"):
+        config.load_recipe(path)
+
+
+def test_the_whole_test_recipe_is_valid(recipe_folder: Path) -> None:
+    assert commands.check([str(recipe_folder)]) == 0
+
+
+def test_overrides_come_last_and_reach_into_lists(recipe_folder: Path) -> None:
+    recipe = config.load_recipe(
+        recipe_folder / SFT,
+        overrides={"seed": 1, "num_steps": 7},
+        arguments=["num_steps=8", "trainer.learning_rate=2.0e-4", "sources.0.num_rows=3", "trainer.optim=sgd"],
+    )
+    assert isinstance(recipe, config.SftRecipe)
+    assert (recipe.seed, recipe.num_steps, recipe.sources[0].num_rows) == (1, 8, 3)
+    assert recipe.trainer["learning_rate"] == 2.0e-4
+    assert recipe.trainer["optim"] == "sgd"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("num_step=5", "did you mean 'num_steps'"),
+        ("num_steps=1e-6", "write 1.0e-06"),
+        ("sources.7.num_rows=5", "wanted a number under 1"),
+        ("sources.zero.num_rows=5", "wanted a number under 1"),
+        ("num_steps.a=5", "has no keys of its own"),
+        ("num_steps", "wanted key=value"),
+        ("=5", "wanted key=value"),
+        ("num_steps=[1", "not YAML"),
+    ],
+)
+def test_a_wrong_override_is_refused(recipe_folder: Path, argument: str, message: str) -> None:
+    with pytest.raises(Refusal, match=message):
+        config.load_recipe(recipe_folder / SFT, arguments=[argument])
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "message"),
+    [
+        ("sft", {"parents": ["../midd"]}, "'../midd', which is no earlier run; did you mean 'mid'"),
+        ("mid", {"parents": ["../sft"]}, "which is no earlier run"),
+        ("sft", {"parents": []}, "'sft' has 0 parents; stage sft wants 1"),
+        ("sft", {"parents": ["../mid", "../base"]}, "'sft' has 2 parents; stage sft wants 1"),
+        ("merge", {"parents": ["../sft"]}, "'merge' has 1 parents; stage merge wants at least 2"),
+        ("merge", {"parents": ["../sft", "../sft"]}, "names a parent twice"),
+        ("mid", {"name": "base"}, "'base' is used twice"),
+        ("mid", {"name": "evals"}, "reserved"),
+        ("mid", {"name": "a/b"}, "name: found .a/b"),
+        ("mid", {"stage": "midd"}, "stage: found .midd."),
+        ("mid", {"recipes": "x"}, "recipes: unknown key; did you mean 'recipe'"),
+    ],
+)
+def test_a_wrong_pipeline_is_refused(
+    recipe_folder: Path, run: str, changes: dict[str, Any], message: str
+) -> None:
+    path = recipe_folder / "pipeline.yaml"
+    tree = yaml.safe_load(path.read_text())
+    next(entry for entry in tree["runs"] if entry["name"] == run).update(changes)
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(Refusal, match=message) as caught:
+        config.load_pipeline(recipe_folder)
+    assert str(path) in str(caught.value)
+
+
+def test_an_entry_and_its_recipe_agree_on_the_stage(recipe_folder: Path) -> None:
+    edit(recipe_folder / "pipeline.yaml", runs__3__recipe="mid.yaml")
+    with pytest.raises(Refusal, match="stage: found 'mid', wanted 'sft' as run 'sft' says"):
+        make_plan(recipe_folder, run_root=None, arguments=[])
+
+
+def test_only_the_first_run_of_a_chain_may_add_tokens(
+    recipe_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(recipe_folder / SFT, add_tokens=["<|tool|>"])
+    assert commands.check([str(recipe_folder)]) == 2
+    assert "add_tokens" in capsys.readouterr().err
+
+
+def test_the_field_table_is_that_of_the_installed_trl() -> None:
+    from smol_post import training
+
+    written = Path(config.__file__).with_name("trl_fields.json").read_text()
+    assert json.loads(written) == json.loads(json.dumps(training.trl_field_table()))
+
+
+def test_every_owned_or_inert_trainer_key_is_a_field_of_trl() -> None:
+    """A key that TRL renamed would otherwise slip from the table into `no such field`, or be set twice."""
+    from smol_post.trainer_block import INERT, OWNED, trl_fields
+
+    known = trl_fields("sft").keys() | trl_fields("apo").keys()
+    assert {*OWNED, *INERT} - known == set()

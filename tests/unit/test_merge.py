@@ -1,0 +1,111 @@
+"""A merge is refused where its parents are not checkpoints of one model, and checked where they are."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from smol_post import config, manifest, merge, model
+from smol_post.plan import Job, Parent
+from smol_post.refusal import Refusal
+
+Build = Callable[..., Any]
+
+
+@pytest.fixture
+def save(build: Build, tokenizer: Any, tmp_path: Path) -> Callable[..., Parent]:
+    """A checkpoint of a stage as a parent; the keywords change its model."""
+
+    def made(name: str, *, stage: str | None = "apo", **changes: Any) -> Parent:
+        folder = tmp_path / name
+        model.save_checkpoint(build(**{"seed": len(name), **changes}), tokenizer, folder)
+        return Parent(f"../{name}", folder, manifest.content_digest(manifest.content_files(folder)), stage)
+
+    return made
+
+
+def run(parents: list[Parent], tmp_path: Path) -> dict[str, Any]:
+    recipe = config.MergeRecipe(stage="merge")
+    job = Job("merge", recipe, tmp_path / "merge.yaml", tmp_path / "run", [one.path for one in parents])
+    return merge.run(recipe, parents, job)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}, "rope_parameters: ../a has .*5000000"),
+        ({"intermediate_size": 32}, "intermediate_size: ../a has 64, ../bb has 32"),
+        ({"tied": False}, "tie_word_embeddings: ../a has True, ../bb has False"),
+        ({"no_rope_layers": [1, 1, 1, 1]}, "no_rope_layers: "),
+    ],
+    ids=["theta", "width", "tied", "nope"],
+)
+def test_parents_of_another_shape_are_refused_with_the_key(
+    save: Callable[..., Parent], tmp_path: Path, changes: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(Refusal, match=key):
+        run([save("a"), save("bb", stage="long_context", **changes)], tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_parents_with_other_vocabularies_are_refused(save: Callable[..., Parent], tmp_path: Path) -> None:
+    parents = [save("a"), save("bb", stage="long_context")]
+    path = parents[1].folder / "tokenizer.json"
+    path.write_text(path.read_text().replace("<think>", "<reason>"))
+    with pytest.raises(Refusal, match=r"\.\./a and \.\./bb have different tokenizers; .*first run"):
+        run(parents, tmp_path)
+
+
+def test_a_parent_with_more_tokens_is_refused_by_vocab_size(
+    save: Callable[..., Parent], build: Build, tokenizer: Any, tmp_path: Path
+) -> None:
+    first, second = save("a"), save("bb", stage="long_context")
+    wider = build()
+    wider.resize_token_embeddings(len(tokenizer) + 8)
+    model.save_checkpoint(wider, tokenizer, second.folder)
+    with pytest.raises(Refusal, match=rf"vocab_size: ../a has {len(tokenizer)}, ../bb has {len(tokenizer) + 8}"):
+        run([first, second], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (["long_context", "apo"], r"\.\./a is a long-context checkpoint; it wants the last place"),
+        (["apo", "long_context", "long_context"], r"\.\./bb is a long-context checkpoint"),
+        (["apo", "apo"], r"\.\./bb is of stage apo; the last parent is long_context"),
+    ],
+)
+def test_parents_in_the_wrong_order_are_refused(tmp_path: Path, stages: list[str], message: str) -> None:
+    names = ["a", "bb", "ccc"][: len(stages)]
+    parents = [Parent(f"../{name}", tmp_path, "", stage) for name, stage in zip(names, stages, strict=True)]
+    with pytest.raises(Refusal, match=message):
+        run(parents, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fault", ["value", "lost", "dtype"])
+def test_a_merge_that_is_not_the_weighted_sum_is_an_error(
+    save: Callable[..., Parent], tmp_path: Path, fault: str
+) -> None:
+    """The check after MergeKit sees one number that is off by a thousandth, in any tensor."""
+    folders = [save("a").folder, save("bb").folder]
+    weights = [0.9, 0.1]
+    tensors = [load_file(folder / "model.safetensors") for folder in folders]
+    total = {name: 0.9 * tensors[0][name] + 0.1 * tensors[1][name] for name in tensors[0]}
+    out = tmp_path / "out"
+    out.mkdir()
+    save_file(total, out / "model.safetensors")
+    assert merge.check_sum(folders, weights, out, dtype=torch.float32) <= 1e-6
+    name = "model.layers.3.self_attn.k_proj.weight"
+    if fault == "value":
+        total[name][3, 3] += 1e-3
+    elif fault == "dtype":
+        total[name] = total[name].bfloat16()
+    else:
+        del total[name]
+    save_file(total, out / "model.safetensors")
+    with pytest.raises(RuntimeError, match=name):
+        merge.check_sum(folders, weights, out, dtype=torch.float32)

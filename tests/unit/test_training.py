@@ -1,0 +1,114 @@
+"""Recipe to trainer: what is decayed, what is resumed, how a batch is cut."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from smol_post import config, training
+from smol_post.refusal import Refusal
+
+Build = Callable[..., Any]
+
+
+def recipe(**changes: Any) -> config.SftRecipe:
+    given: dict[str, Any] = {
+        "stage": "sft",
+        "max_tokens": 32,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "num_steps": 2,
+        "sources": [config.Source(name="s", generator="dual_mode_chats", num_rows=1)],
+    }
+    return config.SftRecipe(**given | changes)
+
+
+@pytest.mark.parametrize(("num_processes", "steps"), [(1, 4), (2, 2), (4, 1)])
+def test_accumulation_follows_from_batch_and_processes(num_processes: int, steps: int) -> None:
+    assert training.accumulation_steps(recipe(), num_processes) == steps
+
+
+@pytest.mark.parametrize("num_processes", [3, 8])
+def test_a_batch_that_does_not_divide_among_the_processes_is_refused(num_processes: int) -> None:
+    with pytest.raises(Refusal, match=f"8 does not divide by micro_batch_size 2 x {num_processes} processes"):
+        training.accumulation_steps(recipe(), num_processes)
+
+
+def test_the_recipe_s_own_keys_beat_defaults_and_trainer_block(tmp_path: Path) -> None:
+    made = training.trainer_arguments(
+        recipe(seed=3, trainer={"logging_steps": 7, "weight_decay": 0.1}), run_dir=tmp_path, num_processes=2
+    )
+    assert (made["seed"], made["data_seed"], made["logging_steps"], made["weight_decay"]) == (3, 3, 7, 0.1)
+    assert (made["per_device_train_batch_size"], made["gradient_accumulation_steps"]) == (2, 2)
+    assert (made["max_steps"], made["report_to"], made["bf16"]) == (2, "none", False)
+    assert made["output_dir"] == str(tmp_path / "checkpoints")
+    epochs = training.trainer_arguments(
+        recipe(num_steps=None, num_epochs=2.0), run_dir=tmp_path, num_processes=1
+    )
+    assert (epochs["max_steps"], epochs["num_train_epochs"]) == (-1, 2.0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_are_not_decayed_and_other_matrices_are(
+    build: Build, tokenizer: Any, tmp_path: Path, tied: bool
+) -> None:
+    rows = datasets.Dataset.from_list([{"input_ids": [5, 6], "labels": [-100, 6], "seq_lengths": [2]}])
+    lm = build(tied=tied)
+    trainer = training.pack_trainer(
+        lm,
+        tokenizer,
+        rows,
+        arguments=training.trainer_arguments(
+            recipe(trainer={"weight_decay": 0.1}), run_dir=tmp_path, num_processes=1
+        ),
+        announce=str,
+    )
+    trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in lm.named_parameters()}
+    groups = [
+        (group["weight_decay"], {names[id(one)] for one in group["params"]})
+        for group in trainer.optimizer.param_groups
+    ]
+    decayed = set().union(*(group for decay, group in groups if decay == 0.1))
+    free = set().union(*(group for decay, group in groups if decay == 0.0))
+    assert free == {name for name in names.values() if "norm" in name} | {"model.embed_tokens.weight"}
+    assert decayed == set(names.values()) - free
+    assert ("lm_head.weight" in decayed) == (not tied)
+
+
+def checkpoint(run_dir: Path, step: int, *, sealed: bool = True) -> Path:
+    folder = run_dir / "checkpoints" / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    names = ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json")
+    for name in names:
+        (folder / name).write_text(name)
+    if sealed:
+        (folder / training.WHOLE).write_text(json.dumps({name: len(name) for name in names}))
+    return folder
+
+
+def test_the_newest_sealed_checkpoint_is_resumed_from(tmp_path: Path) -> None:
+    assert training.last_checkpoint(tmp_path) is None
+    checkpoint(tmp_path, 9)
+    newest = checkpoint(tmp_path, 10)
+    assert training.last_checkpoint(tmp_path) == newest
+
+
+@pytest.mark.parametrize("fault", ["unsealed", "cut short", "file missing"])
+def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, fault: str) -> None:
+    whole = checkpoint(tmp_path, 5)
+    torn = checkpoint(tmp_path, 10, sealed=fault != "unsealed")
+    if fault == "cut short":
+        (torn / "model.safetensors").write_text("mod")
+    if fault == "file missing":
+        (torn / "rng_state.pth").unlink()
+    assert training.last_checkpoint(tmp_path) == whole
+
+
+def test_a_sequence_longer_than_the_parent_s_context_is_refused(build: Build) -> None:
+    training.check_length(recipe(max_tokens=256), build())
+    with pytest.raises(Refusal, match="max_tokens: found 257, wanted at most 256"):
+        training.check_length(recipe(max_tokens=257), build())
