@@ -46,14 +46,33 @@ def train_tokenizer(texts: Iterator[str], *, vocab_size: int) -> "PreTrainedToke
     )
 
 
+def tokenizer_corpus(seed: int, *, date_string: str, num_rows: int = 2000) -> Iterator[str]:
+    """Texts of each kind that the tiny recipe trains on, chats as the dual-mode template writes them."""
+    from smol_post import chat, synthetic
+
+    template = chat.load_template("smol_post")
+    kinds = {
+        "needles": {"num_tokens": 200},
+        "arithmetic_text": {},
+        "reasoning_chats": {},
+        "dual_mode_chats": {},
+    }
+    for name, options in kinds.items():
+        for row in synthetic.generate(name, num_rows=num_rows, seed=seed, **options):
+            if "messages" in row:
+                yield chat.render_chat(row, template=template, date_string=date_string)
+            else:
+                yield row["prompt"] + row["completion"]
+
+
 def run(recipe: BaseRecipe, parents: list[runner.Parent], job: runner.Job) -> dict[str, Any]:
     """Train tokenizer and model from nothing; returns the data ledger and metrics."""
     from transformers import set_seed
 
-    from smol_post import chat, model, synthetic, training
+    from smol_post import chat, model, training
 
     template = chat.load_template(recipe.chat_template)
-    corpus = synthetic.corpus(recipe.tokenizer.corpus_seed)
+    corpus = tokenizer_corpus(recipe.tokenizer.corpus_seed, date_string=recipe.date_string)
     tokenizer = train_tokenizer(corpus, vocab_size=recipe.tokenizer.vocab_size)
     end = model.token_id(tokenizer, END_OF_TEXT)
     set_seed(recipe.seed)

@@ -88,6 +88,12 @@ def mode_of(messages: list[dict[str, Any]], kwargs: Mapping[str, Any]) -> Mode:
     return "no_think" if kwargs.get("enable_thinking") is False else "think"
 
 
+def render_chat(row: Mapping[str, Any], *, template: str, date_string: str) -> str:
+    """A dataset row as the text a template makes of it, without a tokenizer; ValueError as `clean_row`."""
+    messages, kwargs = clean_row(row)
+    return _render(messages, kwargs, {}, template, date_string)[0]
+
+
 def encode_chat(
     row: Mapping[str, Any],
     tokenizer: Any,
@@ -126,7 +132,8 @@ def encode_chats(
         roles = [message["role"] for message in messages]
         if loss_on == "assistant" and "assistant" not in roles:
             raise ValueError(f"no assistant turn to train on: the roles are {', '.join(roles)}")
-    rendered = [_render(*chat, tokenizer, template, date_string) for chat in chats]
+    known = tokenizer.special_tokens_map
+    rendered = [_render(*chat, known, template, date_string) for chat in chats]
     encoded = _encode([text for text, _ in rendered], tokenizer)
     rows_out = []
     for chat, (text, spans), (ids, offsets) in zip(chats, rendered, encoded, strict=True):
@@ -153,8 +160,13 @@ def encode_pair(
     template = _template_of(tokenizer, template)
     prompt, answers = _split_pair(row)
     kwargs = _clean_variables(row)
-    prompt_text, _ = _render(prompt, kwargs, tokenizer, template, date_string, add_generation_prompt=True)
-    rendered = [_render([*prompt, answer], kwargs, tokenizer, template, date_string) for answer in answers]
+    prompt_text, _ = _render(
+        prompt, kwargs, tokenizer.special_tokens_map, template, date_string, add_generation_prompt=True
+    )
+    rendered = [
+        _render([*prompt, answer], kwargs, tokenizer.special_tokens_map, template, date_string)
+        for answer in answers
+    ]
     (prompt_ids, _), *encoded = _encode([prompt_text, *(text for text, _ in rendered)], tokenizer)
     completions = []
     for name, (text, spans), (ids, offsets) in zip(("chosen", "rejected"), rendered, encoded, strict=True):
@@ -284,7 +296,7 @@ def _template_of(tokenizer: Any, template: str | None) -> str:
 def _render(
     messages: list[dict[str, Any]],
     kwargs: Mapping[str, Any],
-    tokenizer: Any,
+    special_tokens: Mapping[str, Any],
     template: str,
     date_string: str,
     add_generation_prompt: bool = False,
@@ -299,7 +311,7 @@ def _render(
             chat_template=template,
             return_assistant_tokens_mask=True,
             add_generation_prompt=add_generation_prompt,
-            **{**tokenizer.special_tokens_map, "date_string": date_string, **kwargs},
+            **{**special_tokens, "date_string": date_string, **kwargs},
         )
     except TemplateError as error:
         raise ValueError(f"the chat template refuses the row: {error}") from None

@@ -30,9 +30,11 @@ import datasets.table
 import numpy as np
 import pyarrow as pa
 
-from smol_post import chat, manifest, packing, synthetic
+from smol_post import chat, hub, manifest, packing, synthetic
 from smol_post.config import Source, is_local, local_path
 from smol_post.refusal import Refusal
+
+datasets.disable_progress_bars()
 
 IGNORED = -100
 _TOKEN_CODE = ("chat.py", "packing.py", "data.py", "synthetic.py")
@@ -485,7 +487,9 @@ def _cached(
             shutil.rmtree(half, ignore_errors=True)
             datasets.Dataset(datasets.table.InMemoryTable(table)).save_to_disk(half)
             seconds = round(time.monotonic() - started, 2)
-            manifest.write_json(half / "ledger.json", {"fingerprint": key, **ledger, "seconds": seconds})
+            revisions = {one.name: origin for one, origin in zip(sources, origins, strict=True) if origin}
+            ledger = {"fingerprint": key, **ledger, "revisions": revisions, "seconds": seconds}
+            manifest.write_json(half / "ledger.json", ledger)
             half.rename(target)
     loaded = datasets.load_from_disk(target)
     assert isinstance(loaded, datasets.Dataset)
@@ -498,17 +502,7 @@ def _origin(source: Source, folder: Path) -> Any:
         return None
     path = local_path(source.path, folder)
     if not is_local(source.path):
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-        try:
-            return HfApi().dataset_info(source.path, revision=source.revision).sha
-        except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise Refusal(
-                f"source '{source.name}': {source.path}: not to be had from the Hub ({reason}); "
-                "check the name and the network, or give a local file"
-            ) from None
+        return hub.dataset_revision(source.path, revision=source.revision, source=source.name)
     if not path.exists():
         raise Refusal(f"source '{source.name}': {path} does not exist; paths count from the recipe's folder")
     return [

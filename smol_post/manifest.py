@@ -73,19 +73,28 @@ def is_whole(run_dir: Path) -> bool:
     return (run_dir / MANIFEST).is_file()
 
 
-def read_manifest(run_dir: Path) -> dict[str, Any]:
-    """The manifest of a whole run; Refusal where there is none or it is not readable."""
-    path = run_dir / MANIFEST
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of ours; Refusal where the file is missing or damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Refusal(f"{path}: no such file, so this run is not whole; finish the run first") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
+        raise Refusal(f"{path}: not readable as JSON; remove the run and make it again") from None
+    if not isinstance(found, dict):
         raise Refusal(
-            f"{path}: not readable as JSON; restore it or remove the run and make it again"
-        ) from None
+            f"{path}: found {type(found).__name__}, wanted an object; remove the run and make it again"
+        )
+    return found
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """The manifest of a whole run; Refusal where there is none or it is not readable."""
+    found = read_json(run_dir / MANIFEST)
     if found.get("schema") != SCHEMA:
-        raise Refusal(f"{path}: found schema {found.get('schema')!r}, wanted {SCHEMA}; make the run again")
+        raise Refusal(
+            f"{run_dir / MANIFEST}: found schema {found.get('schema')!r}, wanted {SCHEMA}; make the run again"
+        )
     return found
 
 

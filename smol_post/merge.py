@@ -9,6 +9,7 @@ configuration are checked afterwards.
     smol-post merge recipes/tiny/merge.yaml
 """
 
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,6 +114,9 @@ def linear(folders: Sequence[Path], weights: Sequence[float], out: Path, *, reci
         ],
     }
     out.mkdir(parents=True)
+    logging.disable(
+        logging.WARNING
+    )  # MergeKit describes the architecture it inferred; the outcome is checked below
     run_merge(
         MergeConfiguration.model_validate(merge_config),
         str(out),
@@ -124,6 +128,7 @@ def linear(folders: Sequence[Path], weights: Sequence[float], out: Path, *, reci
             out_shard_size=recipe.out_shard_size,
         ),
     )
+    logging.disable(logging.NOTSET)
     _check_donor(folders[0], out)
     return check_sum(folders, weights, out, dtype=getattr(torch, dtype))
 

@@ -6,6 +6,7 @@ one.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from smol_post import attention
 from smol_post.refusal import Refusal
+
+logging.disable_progress_bar()  # of transformers; progress is ours to show
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # else DeepSpeed looks for a GPU and says so at every start
 
 
 def load_model(

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from smol_post import config, manifest
+from smol_post import config, hub, manifest
 from smol_post.refusal import Refusal, did_you_mean
 
 
@@ -145,7 +145,8 @@ def resolve_parent(job: Job, path: str) -> Parent:
             found = manifest.verify(folder)
             return Parent(path, folder, found["digest"], found["stage"])
         return Parent(path, folder, _folder_digest(path, folder), None)
-    return _hub_parent(path)
+    folder = hub.checkpoint(path)
+    return Parent(path, folder, f"hub:{path.partition('@')[0]}@{folder.name}", None)
 
 
 def _folder_digest(path: str, folder: Path) -> str:
@@ -154,28 +155,6 @@ def _folder_digest(path: str, folder: Path) -> str:
             f"parent {path}: {folder} has no config.json, so it is no Hugging Face checkpoint; mend the path"
         )
     return manifest.content_digest(manifest.content_files(folder))
-
-
-def _hub_parent(path: str) -> Parent:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    repository, _, revision = path.partition("@")
-    try:
-        folder = Path(
-            snapshot_download(
-                repository,
-                revision=revision or None,
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Refusal(
-            f"parent {path}: not to be had from the Hub ({reason}); check the name and the network, or give "
-            "an absolute folder"
-        ) from None
-    return Parent(path, folder, f"hub:{repository}@{folder.name}", None)
 
 
 def _how_to_make(job: Job, name: str) -> str:

@@ -26,6 +26,8 @@ from smol_post import config, manifest
 from smol_post.plan import Job, Parent, make_plan, num_processes, order, rank, resolve_parent, say
 from smol_post.refusal import Refusal
 
+LOCK = ".lock"
+CHECKPOINTS = "checkpoints"  # of an unfinished run; a run that has none yet holds nothing that could be lost
 EXIT_OK, EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -77,28 +79,25 @@ def claim(job: Job, parents: list[Parent], print_id: str) -> TextIO | None:
     Returns the held lock, or None where the run is whole already and its fingerprint still holds. Raises
     Refusal where the directory holds another recipe's run or anything else: nothing is written over.
     """
-    state_path = job.run_dir / manifest.STATE
     if manifest.is_whole(job.run_dir):
         old = manifest.read_manifest(job.run_dir)
         if old["fingerprint"] == print_id:
             return None
         raise _other_recipe(job, old, parents, "whole")
-    if job.run_dir.exists() and any(job.run_dir.iterdir()):
-        if not state_path.is_file():
-            raise Refusal(
-                f"{job.run_dir}: exists and is no run of ours; choose another --run-dir or remove it"
-            )
-        import json
-
-        old = json.loads(state_path.read_text())
-        if old["fingerprint"] != print_id:
-            raise _other_recipe(job, old, parents, "unfinished")
+    state_path = job.run_dir / manifest.STATE
+    if job.run_dir.exists() and any(job.run_dir.iterdir()) and not state_path.is_file():
+        raise Refusal(f"{job.run_dir}: exists and is no run of ours; choose another --run-dir or remove it")
     job.run_dir.mkdir(parents=True, exist_ok=True)
-    lock = (job.run_dir / ".lock").open("w")
+    lock = (job.run_dir / LOCK).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise Refusal(f"{job.run_dir}: another process is making this run; wait for it or stop it") from None
+    if state_path.is_file():
+        old = manifest.read_json(state_path)
+        begun = any((job.run_dir / CHECKPOINTS).glob("checkpoint-*"))
+        if old["fingerprint"] != print_id and begun:
+            raise _other_recipe(job, old, parents, "unfinished")
     record(job, parents, print_id, "running")
     return lock
 
@@ -204,7 +203,7 @@ def _finish(job: Job, parents: list[Parent], print_id: str, outcome: dict[str, A
         },
     )
     (job.run_dir / manifest.STATE).unlink()
-    (job.run_dir / ".lock").unlink()
+    (job.run_dir / LOCK).unlink()
     say(f"{job.name}: whole after {seconds:.0f} s: {job.run_dir}")
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import transformers
 from datasets import Dataset
@@ -38,9 +37,6 @@ from smol_post.config import BaseRecipe, LongContextRecipe, MidRecipe, SftRecipe
 from smol_post.refusal import Refusal
 
 Announce = Callable[[str], None]
-
-transformers.utils.logging.disable_progress_bar()
-datasets.disable_progress_bars()
 
 CHECKPOINTS = "checkpoints"
 LOG = "train_log.jsonl"
@@ -355,8 +351,8 @@ def fit(
         (run_dir / "training_args.bin").unlink(missing_ok=True)
         tokenizer.save_pretrained(run_dir)
         model.check_saved(trained, run_dir)
-    if not any((run_dir / CHECKPOINTS).iterdir()):
-        (run_dir / CHECKPOINTS).rmdir()
+        if not any((run_dir / CHECKPOINTS).iterdir()):
+            (run_dir / CHECKPOINTS).rmdir()
     return {
         "num_steps": trainer.state.global_step,
         "train_loss": round(result.training_loss, 5),

@@ -15,7 +15,7 @@ PACKAGE = Path(smol_post.__file__).parent
 STAGES = {"base", "long_context", "mid", "sft", "apo", "merge", "evals"}
 LAYERS = [
     {"__init__", "refusal", "trainer_block", "config", "manifest"},
-    {"plan", "runner", "chat", "packing", "synthetic", "report", "plots"},
+    {"plan", "runner", "chat", "packing", "synthetic", "report", "points", "plots", "hub"},
     {"data", "model", "attention"},
     {"training", "scoring"},
     STAGES,

@@ -1,0 +1,41 @@
+"""What we ask of the Hugging Face Hub: a checkpoint, a data set's revision. The only caller of its client."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from smol_post.refusal import Refusal
+
+CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn whatever the client or the network raises into a Refusal that starts with `what`."""
+    from httpx2 import HTTPError
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except (HTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Refusal(
+            f"{what}: not to be had from the Hub ({reason}); check name and network, or give a local path"
+        ) from None
+
+
+def checkpoint(path: str) -> Path:
+    """`org/name@revision` as a local folder, downloaded where it is not cached; its name is the commit."""
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = path.partition("@")
+    with refusing(f"parent {path}"):
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=CHECKPOINT_FILES))
+
+
+def dataset_revision(path: str, *, revision: str | None, source: str) -> str:
+    """The commit that a Hub data set stands at."""
+    from huggingface_hub import HfApi
+
+    with refusing(f"source '{source}': {path}"):
+        return str(HfApi().dataset_info(path, revision=revision).sha)
