@@ -39,16 +39,17 @@ def run(recipe: ApoRecipe, parents: list[runner.Parent], job: runner.Job) -> dic
         date_string=recipe.date_string,
         seed=recipe.seed,
     )
-    job.announce(training.describe(pairs.ledger))
+    dataset, ledger = training.whole_batches(pairs, recipe.global_batch_size)
+    job.announce(training.describe(ledger))
     lm = model.load_model(parent.folder, attn_implementation=recipe.attention)
     training.check_length(recipe, lm)
     reference = None
     if not recipe.trainer.get("precompute_ref_log_probs"):
         reference = model.load_model(parent.folder, attn_implementation=recipe.attention)
     trainer = training.pair_trainer(
-        lm, reference, tokenizer, pairs.dataset, arguments=arguments, announce=job.announce
+        lm, reference, tokenizer, dataset, arguments=arguments, announce=job.announce
     )
-    return {"data": pairs.ledger, "metrics": training.fit(trainer, tokenizer, run_dir=job.run_dir)}
+    return {"data": ledger, "metrics": training.fit(trainer, tokenizer, run_dir=job.run_dir)}
 
 
 if __name__ == "__main__":

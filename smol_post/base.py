@@ -84,17 +84,7 @@ def run(recipe: BaseRecipe, parents: list[runner.Parent], job: runner.Job) -> di
     )
     model.check_rope(lm)
     text_end = END_OF_TEXT
-    return training.train_on_packs(
-        recipe,
-        lm,
-        tokenizer,
-        template=template,
-        text_end=text_end,
-        folder=job.recipe_file.parent,
-        run_dir=job.run_dir,
-        num_processes=runner.num_processes(),
-        announce=job.announce,
-    )
+    return training.train_on_packs(recipe, lm, tokenizer, template=template, text_end=text_end, **job.place())
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ from pathlib import Path
 from smol_post import config, manifest, runner
 from smol_post.plan import default_run_root, make_plan, say
 from smol_post.refusal import Refusal, did_you_mean
-from smol_post.runner import EXIT_OK, refuse
+from smol_post.runner import EXIT_OK, Parser, refuse
 
 
 def _parser(command: str, text: str) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog=f"smol-post {command}", description=text, allow_abbrev=False)
+    made = Parser(prog=f"smol-post {command}", description=text, allow_abbrev=False)
     made.add_argument("recipe", help="recipe folder" + (" or file" if command == "check" else ""))
     if command != "check":
         made.add_argument("--run-dir", type=Path, help="where the runs are (default: runs/<recipe folder>)")

@@ -270,12 +270,12 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
-    names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-    for (key, _), name in zip(node.value, names, strict=False):
-        if names.count(name) > 1:
-            raise yaml.MarkedYAMLError(
-                problem=f"the key '{name}' is given twice", problem_mark=key.start_mark
-            )
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if str(key.value) in seen:
+            problem = f"the key '{key.value}' is given twice"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        seen.add(str(key.value))
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
@@ -303,7 +303,8 @@ def validate(model: type[T], tree: dict[str, Any], *, where: str) -> T:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        problems = [_sentence(model, problem) for problem in error.errors()]
+        found = sorted(error.errors(), key=lambda problem: problem["type"] == "missing")  # a typo explains it
+        problems = [_sentence(model, problem) for problem in found]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise Refusal(f"{where}: {problems[0]}{more}") from None
 

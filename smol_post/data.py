@@ -67,7 +67,7 @@ def load_rows(source: Source, *, folder: Path) -> Iterator[tuple[int, dict[str, 
     """
     if source.generator is not None:
         made = _generated(source)
-        return iter(list(enumerate(made, 1))[: int(len(made) * source.keep_fraction)])
+        return ((index + 1, made[index]) for index in _kept(len(made), source))
     assert source.path is not None
     path = local_path(source.path, folder)
     if is_local(source.path) and path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz", ".json")):
@@ -82,7 +82,7 @@ def _kept(num_rows: int, source: Source) -> list[int]:
     if source.keep_fraction == 1:
         return list(range(num_rows))
     order = np.random.default_rng(source.seed).permutation(num_rows)
-    return order[: int(num_rows * source.keep_fraction)].tolist()
+    return order[: int(round(num_rows * source.keep_fraction, 6))].tolist()
 
 
 def _generated(source: Source) -> list[dict[str, Any]]:

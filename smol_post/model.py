@@ -63,9 +63,14 @@ def load_model(
     if max_position_embeddings is not None:
         config.max_position_embeddings = max_position_embeddings
     attention.register()
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
-    )  # pyright: ignore[reportGeneralTypeIssues]
+    model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that the next lines name them
+    )
     lost = (
         sorted(info["missing_keys"])
         + sorted(info["unexpected_keys"])

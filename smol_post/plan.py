@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from smol_post import config, hub, manifest
 from smol_post.refusal import Refusal, did_you_mean
@@ -35,6 +36,15 @@ class Job:
     def announce(self, text: str) -> None:
         """Show a line of this run to the person who waits."""
         say(f"{self.name}: {text}")
+
+    def place(self) -> dict[str, Any]:
+        """Where and among how many processes the run is made, as `training` takes it."""
+        return {
+            "folder": self.recipe_file.parent,
+            "run_dir": self.run_dir,
+            "num_processes": num_processes(),
+            "announce": self.announce,
+        }
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from smol_post import config, manifest
 from smol_post.plan import Job, Parent, make_plan, num_processes, order, rank, resolve_parent, say
@@ -85,7 +85,9 @@ def claim(job: Job, parents: list[Parent], print_id: str) -> TextIO | None:
             return None
         raise _other_recipe(job, old, parents, "whole")
     state_path = job.run_dir / manifest.STATE
-    if job.run_dir.exists() and any(job.run_dir.iterdir()) and not state_path.is_file():
+    ours = {LOCK, manifest.STATE, manifest.STATE + ".tmp"}
+    found = {path.name for path in job.run_dir.iterdir()} if job.run_dir.is_dir() else set()
+    if found - ours and manifest.STATE not in found:
         raise Refusal(f"{job.run_dir}: exists and is no run of ours; choose another --run-dir or remove it")
     job.run_dir.mkdir(parents=True, exist_ok=True)
     lock = (job.run_dir / LOCK).open("w")
@@ -130,16 +132,20 @@ def record(job: Job, parents: list[Parent], print_id: str, status: str, message:
     )
 
 
-def execute(job: Job) -> int:
+def examine(job: Job) -> tuple[list[Parent], str]:
+    """The parents of a run, found and verified, and its fingerprint; Refusal where a parent is not whole."""
+    parents = [resolve_parent(job, path) for path in job.parent_paths]
+    return parents, fingerprint(job, parents)
+
+
+def execute(job: Job, examined: tuple[list[Parent], str] | None = None) -> int:
     """Make one run in this process (one of the launched ones, or alone); returns the exit code."""
     if rank() != 0:
         if manifest.is_whole(job.run_dir):
             return EXIT_OK
         return _guarded(job, [], "", None)
-    parents: list[Parent] = []
     try:
-        parents = [resolve_parent(job, path) for path in job.parent_paths]
-        print_id = fingerprint(job, parents)
+        parents, print_id = examined or examine(job)
         lock = claim(job, parents, print_id)
     except Refusal as refusal:
         return refuse(refusal)
@@ -227,7 +233,14 @@ def execute_all(jobs: list[Job], *, separate: bool) -> int:
     context.set_forkserver_preload(["datasets", "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer"])
     signal.signal(signal.SIGTERM, _interrupt)
     for job in jobs:
-        child = context.Process(target=_child, args=(job,))
+        try:
+            examined = examine(job)
+            if manifest.is_whole(job.run_dir) and claim(job, *examined) is None:
+                say(f"{job.name}: whole already, kept: {job.run_dir}")
+                continue
+        except Refusal as refusal:
+            return refuse(refusal)
+        child = context.Process(target=_child, args=(job, examined))
         child.start()
         while child.is_alive():
             try:
@@ -239,7 +252,7 @@ def execute_all(jobs: list[Job], *, separate: bool) -> int:
     return EXIT_OK
 
 
-def _child(job: Job) -> None:
+def _child(job: Job, examined: tuple[list[Parent], str]) -> None:
     """One run in a process of its own; Ctrl-C, SIGTERM and the end of the parent interrupt it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and passes it on as SIGTERM
     signal.signal(signal.SIGTERM, _interrupt)
@@ -248,7 +261,7 @@ def _child(job: Job) -> None:
     threading.Thread(
         target=lambda: (parent.join(), os.kill(os.getpid(), signal.SIGTERM)), daemon=True
     ).start()
-    sys.exit(execute(job))
+    sys.exit(execute(job, examined))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -256,9 +269,17 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are refusals: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse; called by argparse."""
+        sys.exit(refuse(Refusal(f"{message}; see {self.prog} --help")))
+
+
 def parser(program: str, *, stage: str | None) -> argparse.ArgumentParser:
     """The arguments every stage command takes."""
-    made = argparse.ArgumentParser(prog=program, allow_abbrev=False)
+    made = Parser(prog=program, allow_abbrev=False)
     made.add_argument("recipe", nargs="?", help="recipe file or recipe folder")
     made.add_argument("--config", help="the same, as an option")
     made.add_argument("--run-dir", help="where the runs go (default: runs/<recipe folder>)")

@@ -25,17 +25,7 @@ def run(recipe: SftRecipe, parents: list[runner.Parent], job: runner.Job) -> dic
     model.add_tokens(lm, tokenizer, recipe.add_tokens)
     template = chat.load_template(recipe.chat_template)
     model.set_chat(lm, tokenizer, template)
-    return training.train_on_packs(
-        recipe,
-        lm,
-        tokenizer,
-        template=template,
-        text_end=text_end,
-        folder=job.recipe_file.parent,
-        run_dir=job.run_dir,
-        num_processes=runner.num_processes(),
-        announce=job.announce,
-    )
+    return training.train_on_packs(recipe, lm, tokenizer, template=template, text_end=text_end, **job.place())
 
 
 if __name__ == "__main__":

@@ -43,12 +43,6 @@ XML_TOOL = {
     "parameters": {"type": "object", "properties": {"sum": {"type": "string"}}},
 }
 PYTHON_TOOL = "def calc(sum: str) -> int: work it out"
-# What the chat template writes ahead of the messages, for the tokenizer's corpus.
-SYSTEM_BLOCK = (
-    "## Metadata\nKnowledge cutoff: June 2025\nToday: 01 July 2025\nMode: {mode}\n\n"
-    "## Custom Instructions\n{instruction}"
-)
-MODES = {True: ("/think", "Think first, then answer."), False: ("/no_think", "Answer directly.")}
 
 
 def _needle(
@@ -335,21 +329,3 @@ def generate(name: str, *, num_rows: int, seed: int, **options: Any) -> Iterator
             raise ValueError(f"generator {name!r} has no option {option!r}; known: {', '.join(known)}")
     rng = random.Random(f"{name} {seed}")
     return (GENERATORS[name](rng, **options) for _ in range(num_rows))
-
-
-def _plain_text(row: Row) -> str:
-    """A row as text; a chat about as the template renders it."""
-    if "messages" not in row:
-        return row["prompt"] + row["completion"]
-    kwargs = row["chat_template_kwargs"]
-    mode, instruction = MODES[kwargs["enable_thinking"]]
-    block = SYSTEM_BLOCK.format(mode=mode, instruction=kwargs.get("custom_instructions", instruction))
-    turns = [("system", block), *((message["role"], message["content"]) for message in row["messages"])]
-    return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
-
-
-def corpus(seed: int, *, num_rows: int = 2000) -> Iterator[str]:
-    """Texts to train the tokenizer on, `num_rows` of each kind that the tiny recipe trains on."""
-    yield from map(_plain_text, generate("needles", num_rows=num_rows, seed=seed, num_tokens=200))
-    for name in ("arithmetic_text", "reasoning_chats", "dual_mode_chats"):
-        yield from map(_plain_text, generate(name, num_rows=num_rows, seed=seed))

@@ -178,9 +178,26 @@ def train_on_packs(
         text_end=text_end,
         seed=recipe.seed,
     )
-    announce(describe(packs.ledger))
-    trainer = pack_trainer(lm, tokenizer, packs.dataset, arguments=arguments, announce=announce)
-    return {"data": packs.ledger, "metrics": fit(trainer, tokenizer, run_dir=run_dir)}
+    dataset, ledger = whole_batches(packs, recipe.global_batch_size)
+    announce(describe(ledger))
+    trainer = pack_trainer(lm, tokenizer, dataset, arguments=arguments, announce=announce)
+    return {"data": ledger, "metrics": fit(trainer, tokenizer, run_dir=run_dir)}
+
+
+def whole_batches(prepared: data.Prepared, global_batch_size: int) -> tuple[Dataset, dict[str, Any]]:
+    """The set cut to a multiple of the global batch, and its ledger with what was left out (`num_unused`).
+
+    22 packs in batches of 4 leave 2 unused an epoch. Else the last step of an epoch would be a smaller one, and with
+    several processes accelerate would repeat packs to fill it: the result would depend on the launch. Raises
+    Refusal where there is not one whole batch.
+    """
+    number = len(prepared.dataset)
+    unused = number % global_batch_size
+    if unused == number:
+        raise Refusal(
+            f"global_batch_size: found {global_batch_size}, wanted at most {number}; lower it"
+        )
+    return prepared.dataset.select(range(number - unused)), {**prepared.ledger, "num_unused": unused}
 
 
 def describe(ledger: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Shared by all tests: a tokenizer, tiny models, the command line, and one chain made by the real commands."""
+"""Shared by all tests: a tokenizer, tiny models, the command line, one chain made by the real commands."""
 
 import os
 import shutil
@@ -76,7 +76,10 @@ def tokenizer() -> Any:
     """The tiny recipe's kind of tokenizer, with our chat template."""
     from smol_post import base, chat, synthetic
 
-    made = base.train_tokenizer(iter(list(synthetic.corpus(0, num_rows=200))), vocab_size=400)
+    chats = synthetic.generate("dual_mode_chats", num_rows=100, seed=0)
+    texts = [turn["content"] for row in chats for turn in row["messages"]]
+    texts += [row["prompt"] for row in synthetic.generate("needles", num_rows=50, seed=0)]
+    made = base.train_tokenizer(iter(texts), vocab_size=400)
     made.chat_template = chat.load_template("smol_post")
     return made
 

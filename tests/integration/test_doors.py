@@ -28,9 +28,7 @@ def test_accelerate_launch_and_smol_post_give_the_same_bytes(
     launched, called = roots(chain, tmp_path, "sft", "launched", "called")
     rest = ["--config", chain[0] / "apo.yaml", "--run", "apo_seed0", "--run-dir"]
     launch_file = repo / "recipes" / "accelerate" / "cpu.yaml"
-    door = (
-        ["--config_file", launch_file] if launch_file.is_file() else ["--cpu", "--num_processes", "1"]
-    )
+    door = ["--config_file", launch_file] if launch_file.is_file() else ["--cpu", "--num_processes", "1"]
     first = command("accelerate", "launch", *door, repo / "smol_post" / "apo.py", *rest, launched)
     second = command("smol-post", "apo", *rest, called)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
@@ -51,12 +49,14 @@ def torchrun(command: Command, *words: str | Path) -> subprocess.CompletedProces
     return command("torchrun", "--standalone", "--nproc_per_node", "2", *words)
 
 
+@pytest.mark.parametrize("num_steps", [4, pytest.param(6, id="past the end of an epoch")])
 def test_two_processes_train_the_weights_of_one(
-    chain: Chain, command: Command, repo: Path, tmp_path: Path
+    chain: Chain, command: Command, repo: Path, tmp_path: Path, num_steps: int
 ) -> None:
     """Plain SGD: Adam would blow a rounding difference in a gradient near zero up to the learning rate."""
     first, second = roots(chain, tmp_path, "mid", "one", "two")
-    words = ["--config", chain[0] / "sft.yaml", "trainer.optim=sgd", "trainer.learning_rate=0.5", "--run-dir"]
+    recipe = ["--config", chain[0] / "sft.yaml", f"num_steps={num_steps}"]
+    words = [*recipe, "trainer.optim=sgd", "trainer.learning_rate=0.5", "--run-dir"]
     alone = command("smol-post", "sft", *words, first)
     both = torchrun(command, repo / "smol_post" / "sft.py", *words, second)
     assert (alone.returncode, both.returncode) == (0, 0), alone.stderr + both.stderr
@@ -71,7 +71,9 @@ def test_two_processes_train_the_weights_of_one(
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
 
 
-def test_several_processes_never_build_a_parent(chain: Chain, command: Command, repo: Path, tmp_path: Path) -> None:
+def test_several_processes_never_build_a_parent(
+    chain: Chain, command: Command, repo: Path, tmp_path: Path
+) -> None:
     stage = repo / "smol_post" / "sft.py"
     done = torchrun(command, stage, "--config", chain[0] / "sft.yaml", "--run-dir", tmp_path / "runs")
     assert done.returncode != 0

@@ -13,7 +13,14 @@ from smol_post import config, data, training
 Build = Callable[..., Any]
 ROPE = {"some NoPE": [1, 1, 1, 0], "all RoPE": [1, 1, 1, 1], "all NoPE": [0, 0, 0, 0]}
 ATTENTION = ["varlen", "sdpa", "eager"]
-TEXTS = ["one two", "3+4=7;7*2=4", "a", "some birds came over it", "Notes: pet cat.", "by a quiet lake we sat"]
+TEXTS = [
+    "one two",
+    "3+4=7;7*2=4",
+    "a",
+    "some birds came over it",
+    "Notes: pet cat.",
+    "by a quiet lake we sat",
+]
 
 
 def batch_of(lm: Any, tokenizer: Any, folder: Path, *, strategy: str = "bfd") -> dict[str, Any]:

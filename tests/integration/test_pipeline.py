@@ -239,7 +239,9 @@ def test_a_missing_parent_is_built_first_where_the_recipe_says_so(
     done = command("smol-post", "sft", recipe / "sft.yaml", "--run-dir", runs)
     assert done.returncode == 0, done.stderr
     for run in ("mid", "sft"):
-        assert (runs / run / "model.safetensors").read_bytes() == (root / run / "model.safetensors").read_bytes()
+        assert (runs / run / "model.safetensors").read_bytes() == (
+            root / run / "model.safetensors"
+        ).read_bytes()
     assert not (runs / "base").exists()
 
 

@@ -64,7 +64,6 @@ def test_a_wrong_key_or_value_is_named(recipe_folder: Path, changes: dict[str, A
     assert re.search(message, refusal(recipe_folder, **changes))
 
 
-@pytest.mark.xfail(strict=True, reason="the first problem is shown, and pydantic lists the missing key first")
 def test_a_misspelt_key_that_must_be_there_is_named_as_it_is_written(recipe_folder: Path) -> None:
     path = recipe_folder / SFT
     path.write_text(path.read_text().replace("max_tokens:", "max_token:"))
@@ -93,7 +92,7 @@ def test_a_key_given_twice_is_refused_with_its_line(recipe_folder: Path) -> None
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "odd.yaml"
     path.write_text(text)
-    with pytest.raises(Refusal, match="odd.yaml"):
+    with pytest.raises(Refusal, match=r"odd\.yaml"):
         config.load_recipe(path)
 
 
@@ -105,7 +104,12 @@ def test_overrides_come_last_and_reach_into_lists(recipe_folder: Path) -> None:
     recipe = config.load_recipe(
         recipe_folder / SFT,
         overrides={"seed": 1, "num_steps": 7},
-        arguments=["num_steps=8", "trainer.learning_rate=2.0e-4", "sources.0.num_rows=3", "trainer.optim=sgd"],
+        arguments=[
+            "num_steps=8",
+            "trainer.learning_rate=2.0e-4",
+            "sources.0.num_rows=3",
+            "trainer.optim=sgd",
+        ],
     )
     assert isinstance(recipe, config.SftRecipe)
     assert (recipe.seed, recipe.num_steps, recipe.sources[0].num_rows) == (1, 8, 3)

@@ -132,7 +132,9 @@ def test_the_ledger_counts_what_is_in_the_packs(packs: Packs, strategy: str) -> 
             assert sum(one[key] for one in ledger[kind].values()) == total
     assert ledger["by_source"].keys() == {"chats", "needles"}
     assert ledger["by_mode"].keys() == {"think", "no_think", "text"}
-    for ids, labels, lengths in zip(*(rows[key] for key in ("input_ids", "labels", "seq_lengths")), strict=True):
+    for ids, labels, lengths in zip(
+        *(rows[key] for key in ("input_ids", "labels", "seq_lengths")), strict=True
+    ):
         assert sum(lengths) == len(ids) == len(labels) <= 512
         assert all(label in (data.IGNORED, token) for token, label in zip(ids, labels, strict=True))
         starts = np.cumsum([0, *lengths[:-1]])
@@ -204,7 +206,9 @@ def test_a_build_killed_halfway_is_made_anew(packs: Packs, tmp_path: Path) -> No
     half = Path(shutil.move(whole, whole.with_suffix(".half")))
     (half / "ledger.json").unlink()
     next(half.glob("*.arrow")).write_bytes(b"torn")
+    (half / "data-00001-of-00002.arrow").write_bytes(b"torn")
     assert packs().dataset[:] == first
+    assert not (whole / "data-00001-of-00002.arrow").exists()
     assert entries(tmp_path) == {name}
 
 
@@ -226,7 +230,10 @@ def test_a_row_with_nothing_left_to_train_is_dropped_and_counted() -> None:
         None,
         "nothing trained left after truncation",
     )
-    assert fit_length(document([1, 2], [1, 0]), max_tokens=2, overlong_rows="drop") == (None, "nothing trained")
+    assert fit_length(document([1, 2], [1, 0]), max_tokens=2, overlong_rows="drop") == (
+        None,
+        "nothing trained",
+    )
 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
@@ -303,7 +310,9 @@ def test_sources_of_other_kinds_mix_and_the_seed_decides_the_order(packs: Packs)
     assert tokens(first) == tokens(other)
 
 
-def test_pairs_end_their_turn_and_overlong_ones_are_dropped_and_counted(tokenizer: Any, tmp_path: Path) -> None:
+def test_pairs_end_their_turn_and_overlong_ones_are_dropped_and_counted(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     prompt = [{"role": "user", "content": "2+3?"}]
     rows = [
         {"prompt": prompt, "chosen": "5", "rejected": "6", "enable_thinking": False},
@@ -331,4 +340,7 @@ def test_pairs_end_their_turn_and_overlong_ones_are_dropped_and_counted(tokenize
         trained += len(row["chosen_ids"]) + len(row["rejected_ids"])
         total += 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
     assert (made.ledger["num_tokens"], made.ledger["num_trained_tokens"]) == (total, trained)
-    assert {mode: one["num_rows"] for mode, one in made.ledger["by_mode"].items()} == {"think": 1, "no_think": 1}
+    assert {mode: one["num_rows"] for mode, one in made.ledger["by_mode"].items()} == {
+        "think": 1,
+        "no_think": 1,
+    }

@@ -30,7 +30,7 @@ HEAVY = {"accelerate", "datasets", "matplotlib", "mergekit", "numpy", "peft", "p
 
 
 def imports(name: str) -> Iterator[tuple[str, bool]]:
-    """(dotted module, at the top of the file?) for every import; those for type checkers only are left out."""
+    """(dotted module, at the top of the file?) for every import that is not for type checkers only."""
 
     def walk(node: ast.AST, top: bool) -> Iterator[tuple[str, bool]]:
         for child in ast.iter_child_nodes(node):

@@ -97,6 +97,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"old": 1}
 
 
+def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    manifest.write_json(path, {"old": 1})
+    with path.open() as reader:
+        manifest.write_json(path, {"new": 1})
+        assert json.load(reader) == {"old": 1}
+    assert json.loads(path.read_text()) == {"new": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_the_digest_of_a_tree_is_independent_of_the_order_of_keys() -> None:
     assert manifest.digest_tree({"a": 1, "b": 2}) == manifest.digest_tree({"b": 2, "a": 1})
     assert manifest.digest_tree({"a": 1}) != manifest.digest_tree({"a": 1.5})

@@ -36,7 +36,10 @@ def run(parents: list[Parent], tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}, "rope_parameters: ../a has .*5000000"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}},
+            "rope_parameters: ../a has .*5000000",
+        ),
         ({"intermediate_size": 32}, "intermediate_size: ../a has 64, ../bb has 32"),
         ({"tied": False}, "tie_word_embeddings: ../a has True, ../bb has False"),
         ({"no_rope_layers": [1, 1, 1, 1]}, "no_rope_layers: "),
@@ -66,7 +69,9 @@ def test_a_parent_with_more_tokens_is_refused_by_vocab_size(
     wider = build()
     wider.resize_token_embeddings(len(tokenizer) + 8)
     model.save_checkpoint(wider, tokenizer, second.folder)
-    with pytest.raises(Refusal, match=rf"vocab_size: ../a has {len(tokenizer)}, ../bb has {len(tokenizer) + 8}"):
+    with pytest.raises(
+        Refusal, match=rf"vocab_size: ../a has {len(tokenizer)}, ../bb has {len(tokenizer) + 8}"
+    ):
         run([first, second], tmp_path)
 
 

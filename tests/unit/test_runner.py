@@ -95,7 +95,9 @@ def test_a_whole_run_is_kept(job: Job) -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_run_of_another_recipe_is_refused_with_the_changed_key_and_left_alone(job: Job, whole: bool) -> None:
+def test_a_run_of_another_recipe_is_refused_with_the_changed_key_and_left_alone(
+    job: Job, whole: bool
+) -> None:
     lock = runner.claim(job, [PARENT], "print")
     assert lock is not None
     lock.close()
@@ -117,7 +119,6 @@ def test_a_directory_that_is_no_run_is_refused_and_left_alone(job: Job) -> None:
     assert snapshot(job.run_dir) == {str(job.run_dir / "thesis.tex"): b"years of work"}
 
 
-@pytest.mark.xfail(strict=True, reason="killed between lock and state.json: taken for a foreign directory")
 def test_a_run_killed_before_its_first_word_is_taken_up_again(job: Job) -> None:
     job.run_dir.mkdir(parents=True)
     (job.run_dir / ".lock").touch()
