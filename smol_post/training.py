@@ -187,7 +187,7 @@ def train_on_packs(
 def whole_batches(prepared: data.Prepared, global_batch_size: int) -> tuple[Dataset, dict[str, Any]]:
     """The set cut to a multiple of the global batch, and its ledger with what was left out (`num_unused`).
 
-    22 packs in batches of 4 leave 2 unused an epoch. Else the last step of an epoch would be a smaller one, and with
+    22 packs in batches of 4 leave 2 unused. Else the last step of an epoch would be a smaller one, and with
     several processes accelerate would repeat packs to fill it: the result would depend on the launch. Raises
     Refusal where there is not one whole batch.
     """
