@@ -35,7 +35,7 @@ $(STAGES): $(READY)
 		--config $(RECIPE) --run-dir $(RUN) $(ARGS)
 
 evals report: $(READY)  ## evaluate what is whole; write report.html
-	$(BIN)/smol-post $@ $(RECIPE) --run-dir $(RUN)
+	$(BIN)/smol-post $@ $(RECIPE) --run-dir $(RUN) $(if $(filter evals,$@),$(ARGS))
 
 check: $(READY)  ## format, lint, types, unit and golden tests
 	$(BIN)/ruff format --check .

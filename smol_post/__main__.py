@@ -24,7 +24,7 @@ def usage() -> str:
     lines = [f"  {name:<14}{text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: smol-post COMMAND RECIPE [--run-dir DIR] [--run NAME] [key=value ...]",
+            "usage: smol-post COMMAND RECIPE [--run-dir DIR]   stages take also --run NAME and key=value ...",
             "",
             "From a base checkpoint to a dual-mode reasoner. RECIPE: a recipe file or folder (recipes/tiny).",
             "",
@@ -51,14 +51,23 @@ def main() -> None:
 
         print(f"refused: {command}: no such command{did_you_mean(command, list(COMMANDS))}", file=sys.stderr)
         sys.exit(2)
+    try:
+        sys.exit(dispatch(command, rest))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def dispatch(command: str, rest: list[str]) -> int:
+    """Run a known command; its exit code."""
     if command in STAGES:
         from smol_post import runner
 
         stage = command.replace("-", "_")
-        sys.exit(runner.stage_command(stage, rest, program=f"smol-post {command}", separate=True))
+        return runner.stage_command(stage, rest, program=f"smol-post {command}", separate=True)
     from smol_post import commands
 
-    sys.exit(getattr(commands, command)(rest))
+    return getattr(commands, command)(rest)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def run(recipe: ApoRecipe, parents: list[runner.Parent], job: runner.Job) -> dic
     arguments = training.trainer_arguments(recipe, run_dir=job.run_dir, num_processes=runner.num_processes())
     tokenizer = model.load_tokenizer(parent.folder)
     if recipe.chat_template:
-        tokenizer.chat_template = chat.load_template(recipe.chat_template)
+        tokenizer.chat_template = chat.load_template(recipe.chat_template, folder=job.recipe_file.parent)
     if not isinstance(tokenizer.chat_template, str):
         raise Refusal(f"{parent.folder}: its tokenizer has no chat template; set chat_template: smol_post")
     pairs = data.prepare_pairs(
@@ -49,7 +49,7 @@ def run(recipe: ApoRecipe, parents: list[runner.Parent], job: runner.Job) -> dic
     trainer = training.pair_trainer(
         lm, reference, tokenizer, dataset, arguments=arguments, announce=job.announce
     )
-    return {"data": ledger, "metrics": training.fit(trainer, tokenizer, run_dir=job.run_dir)}
+    return {"data": ledger, "metrics": training.fit(trainer, tokenizer, run_dir=job.run_dir, ledger=ledger)}
 
 
 if __name__ == "__main__":

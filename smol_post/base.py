@@ -71,7 +71,7 @@ def run(recipe: BaseRecipe, parents: list[runner.Parent], job: runner.Job) -> di
 
     from smol_post import chat, model, training
 
-    template = chat.load_template(recipe.chat_template)
+    template = chat.load_template(recipe.chat_template, folder=job.recipe_file.parent)
     corpus = tokenizer_corpus(recipe.tokenizer.corpus_seed, date_string=recipe.date_string)
     tokenizer = train_tokenizer(corpus, vocab_size=recipe.tokenizer.vocab_size)
     end = model.token_id(tokenizer, END_OF_TEXT)

@@ -38,13 +38,13 @@ class EncodedPair:
     mode: Mode
 
 
-def load_template(name_or_path: str) -> str:
-    """The text of a template: `smol_post`, `chatml`, or a path to a .jinja file.
+def load_template(name_or_path: str, *, folder: Path = Path()) -> str:
+    """The text of a template: `smol_post`, `chatml`, or a .jinja file, relative to `folder` (the recipe's).
 
     Raises Refusal where there is no such template.
     """
     ours = name_or_path in TEMPLATE_NAMES
-    path = TEMPLATES / f"{name_or_path}.jinja" if ours else Path(name_or_path)
+    path = TEMPLATES / f"{name_or_path}.jinja" if ours else folder / Path(name_or_path).expanduser()
     if path.suffix == ".jinja" and path.is_file():
         return path.read_text(encoding="utf-8")
     known = " or ".join(TEMPLATE_NAMES)

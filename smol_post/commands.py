@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from smol_post import config, manifest, runner
-from smol_post.plan import default_run_root, make_plan, say
+from smol_post.plan import check_names, default_run_root, make_plan, say
 from smol_post.refusal import Refusal, did_you_mean
 from smol_post.runner import EXIT_OK, Parser, refuse
 
@@ -27,6 +27,7 @@ def run(argv: list[str]) -> int:
     folder = Path(arguments.recipe)
     try:
         plan = make_plan(folder, run_root=arguments.run_dir, arguments=[])
+        load_evals(folder)
         jobs = plan.jobs
         if arguments.until is not None:
             names = [job.name for job in jobs]
@@ -46,18 +47,28 @@ def run(argv: list[str]) -> int:
     return code
 
 
+def load_evals(folder: Path, pairs: list[str] | None = None) -> config.EvalsRecipe | None:
+    """The evals recipe that a pipeline names, checked; None where it names none."""
+    name = config.load_pipeline(folder).evals
+    if name is None:
+        return None
+    recipe = config.load_recipe(folder / name, arguments=pairs)
+    if not isinstance(recipe, config.EvalsRecipe):
+        raise Refusal(f"{folder / name}: stage: found {recipe.stage}, wanted evals")
+    check_names(recipe, folder / name)
+    return recipe
+
+
 def evals(argv: list[str]) -> int:
     """Evaluate every whole checkpoint of the chain that has no result for its digest yet."""
-    arguments = _parser("evals", "Evaluate every whole checkpoint of a run folder.").parse_args(argv)
-    folder = Path(arguments.recipe)
+    parser = _parser("evals", "Evaluate every whole checkpoint of a run folder.")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the evals recipe to set")
+    arguments = parser.parse_args(argv)
+    folder, pairs = Path(arguments.recipe), arguments.overrides
     try:
-        pipeline = config.load_pipeline(folder)
-        if pipeline.evals is None:
+        recipe = load_evals(folder, pairs)
+        if recipe is None:
             raise Refusal(f"{folder / 'pipeline.yaml'}: evals: no recipe is named; add evals: evals.yaml")
-        recipe_file = folder / pipeline.evals
-        recipe = config.load_recipe(recipe_file)
-        if not isinstance(recipe, config.EvalsRecipe):
-            raise Refusal(f"{recipe_file}: stage: found {recipe.stage}, wanted evals")
         plan = make_plan(folder, run_root=arguments.run_dir, arguments=[])
         if not any(manifest.is_whole(job.run_dir) for job in plan.pipeline):
             raise Refusal(f"no run of {folder} is whole yet; make one first: smol-post run {folder}")
@@ -95,15 +106,13 @@ def check(argv: list[str]) -> int:
     try:
         if where.is_dir():
             make_plan(where, run_root=None, arguments=[])
-            evals_name = config.load_pipeline(where).evals
-            if evals_name is not None:
-                config.load_recipe(where / evals_name)
+            load_evals(where)
             checked = sorted(where.glob("*.yaml"))
             for path in checked:
                 if path.name != "pipeline.yaml":
                     config.load_recipe(path)
         else:
-            config.load_recipe(where)
+            check_names(config.load_recipe(where), where)
             checked = [where]
     except Refusal as refusal:
         return refuse(refusal)

@@ -45,6 +45,8 @@ class Source(Strict):
             raise ValueError(f"source '{self.name}': give exactly one of 'path' and 'generator'")
         if self.generator is not None and self.num_rows is None:
             raise ValueError(f"source '{self.name}': a generator needs 'num_rows'")
+        if self.path is not None and is_local(self.path) and (self.config or self.revision):
+            raise ValueError(f"source '{self.name}': 'config' and 'revision' are for the Hub; remove them")
         if self.generator is None and (self.options or self.num_rows is not None):
             raise ValueError(f"source '{self.name}': 'options' and 'num_rows' go with 'generator' only")
         return self
@@ -59,10 +61,8 @@ class Training(Strict):
     micro_batch_size: int = Field(default=1, gt=0)
     num_steps: int | None = Field(default=None, gt=0)
     num_epochs: float | None = Field(default=None, gt=0)
-    overlong_rows: Literal["drop", "truncate"] = "drop"
     attention: Literal["varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "varlen"
     date_string: str = "01 July 2025"
-    text_end: str | None = None
     sources: list[Source] = Field(min_length=1)
     trainer: dict[str, Any] = {}
 
@@ -82,6 +82,26 @@ class Training(Strict):
         return self
 
 
+class Packed(Training):
+    """Training on packs; `overlong_rows` says what happens to rows longer than a pack."""
+
+    overlong_rows: Literal["drop", "truncate"] = "drop"
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> "Packed":
+        packing, loss_on = getattr(self, "packing", "bfd"), getattr(self, "loss_on", "all")
+        if "overlong_rows" in self.model_fields_set and packing != "bfd":
+            raise ValueError(
+                f"overlong_rows: packing {packing} cuts the stream, no row is too long; remove it"
+            )
+        for source in self.sources:
+            if source.loss_on is not None and loss_on != "all":
+                raise ValueError(
+                    f"source '{source.name}': loss_on goes with the recipe's loss_on: all; remove it"
+                )
+        return self
+
+
 class TokenizerSpec(Strict):
     """The byte-level BPE tokenizer of the tiny base."""
 
@@ -89,7 +109,7 @@ class TokenizerSpec(Strict):
     corpus_seed: int = 0
 
 
-class BaseRecipe(Training):
+class BaseRecipe(Packed):
     """A base model from nothing (tiny recipe only)."""
 
     stage: Literal["base"]
@@ -100,33 +120,36 @@ class BaseRecipe(Training):
     tokenizer: TokenizerSpec
 
 
-class LongContextRecipe(Training):
+class LongContextRecipe(Packed):
     """Long-context extension: RoPE theta and sequence length grow, documents stay isolated."""
 
     stage: Literal["long_context"]
     loss_on: Literal["all", "completion"] = "all"
     packing: Literal["bfd", "wrapped"] = "wrapped"
+    text_end: str | None = None
     rope_theta: float = Field(gt=1)
     chat_template: str | None = None
     add_tokens: list[str] = []
 
 
-class MidRecipe(Training):
+class MidRecipe(Packed):
     """Reasoning mid-training: ChatML, wrapped packing, loss on all tokens."""
 
     stage: Literal["mid"]
     loss_on: Literal["all", "completion"] = "all"
     packing: Literal["wrapped", "wrapped_cross_document", "bfd"] = "wrapped"
+    text_end: str | None = None
     chat_template: str = "chatml"
     add_tokens: list[str] = []
 
 
-class SftRecipe(Training):
+class SftRecipe(Packed):
     """Dual-mode SFT: BFD packing over the whole set, loss on assistant turns."""
 
     stage: Literal["sft"]
     loss_on: Literal["assistant"] = "assistant"
     packing: Literal["bfd"] = "bfd"
+    text_end: str | None = None
     chat_template: str = "smol_post"
     add_tokens: list[str] = []
 

@@ -216,12 +216,15 @@ def _encode_batch(
         if chats
         else []
     )
+    im_end = tokenizer.get_vocab().get(chat.END_OF_TURN)
     for row in rows:
         if row.get("messages"):
             one = next(encoded)
             ids, mask, mode = one.input_ids, one.train_mask, one.mode
         else:
             before, after = _plain(row)
+            if end_id == im_end:
+                raise ValueError("a text ends with <|im_end|> here; set text_end: the token that ends a text")
             prompt_ids = tokenizer(before, add_special_tokens=False)["input_ids"] if before else []
             ids = [*prompt_ids, *tokenizer(after, add_special_tokens=False)["input_ids"], end_id]
             untrained = 0 if loss_on == "all" else len(prompt_ids)
@@ -231,10 +234,13 @@ def _encode_batch(
 
 def _plain(row: Mapping[str, Any]) -> tuple[str, str]:
     """("", text) or (prompt, completion) of a row without messages."""
-    if isinstance(row.get("text"), str):
-        return "", row["text"]
-    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-        return row["prompt"], row["completion"]
+    text, prompt, completion = row.get("text"), row.get("prompt"), row.get("completion")
+    for one in (text, prompt, completion):
+        str(one).encode()  # half a surrogate pair, which no tokenizer takes, is a ValueError here
+    if isinstance(text, str):
+        return "", text
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt, completion
     raise ValueError(
         f"found columns {', '.join(map(str, row)) or 'none'}, wanted text, prompt + completion, or messages"
     )
@@ -330,6 +336,8 @@ def prepare_packs(
         "text_end": text_end,
     }
 
+    sources, origins = _pinned(sources, folder)
+
     def build() -> tuple[pa.Table, dict[str, Any]]:
         documents: list[Document] = []
         dropped: Counter[str] = Counter()
@@ -357,6 +365,7 @@ def prepare_packs(
         lengths = [len(document.ids) for document in documents]
         pack = packing.best_fit_decreasing if packing_strategy == "bfd" else packing.wrapped
         packs = pack(lengths, max_tokens)
+        random.Random(seed).shuffle(packs)  # whoever takes the first n packs takes a sample
         table, counts = gather(documents, packs, isolate=packing_strategy != "wrapped_cross_document")
         return table, {
             "num_documents": len(documents),
@@ -370,7 +379,7 @@ def prepare_packs(
             **counts,
         }
 
-    return _cached(build, sources, tokenizer, shape, folder, cache_dir, template, date_string, seed)
+    return _cached(build, sources, origins, tokenizer, shape, folder, cache_dir, template, date_string, seed)
 
 
 def prepare_pairs(
@@ -389,6 +398,8 @@ def prepare_pairs(
     A pair whose longer side exceeds `max_tokens` is dropped and counted. Raises Refusal with the row's number
     where a pair cannot be encoded, or where none is left.
     """
+
+    sources, origins = _pinned(sources, folder)
 
     def build() -> tuple[pa.Table, dict[str, Any]]:
         pairs: list[tuple[chat.EncodedPair, str]] = []
@@ -439,7 +450,16 @@ def prepare_pairs(
         }
 
     return _cached(
-        build, sources, tokenizer, {"max_tokens": max_tokens}, folder, cache_dir, template, date_string, seed
+        build,
+        sources,
+        origins,
+        tokenizer,
+        {"max_tokens": max_tokens},
+        folder,
+        cache_dir,
+        template,
+        date_string,
+        seed,
     )
 
 
@@ -454,6 +474,7 @@ def _empty(sources: Sequence[Source], dropped: Mapping[str, int]) -> str:
 def _cached(
     build: Any,
     sources: Sequence[Source],
+    origins: Sequence[Any],
     tokenizer: Any,
     shape: Mapping[str, Any],
     folder: Path,
@@ -463,7 +484,6 @@ def _cached(
     seed: int,
 ) -> Prepared:
     """The prepared set from `cache_dir/<fingerprint>`, built once; other processes wait."""
-    origins = [_origin(source, folder) for source in sources]
     key = manifest.digest_tree(
         {
             "sources": [source.model_dump() for source in sources],
@@ -494,6 +514,16 @@ def _cached(
     loaded = datasets.load_from_disk(target)
     assert isinstance(loaded, datasets.Dataset)
     return Prepared(loaded, json.loads((target / "ledger.json").read_text()))
+
+
+def _pinned(sources: Sequence[Source], folder: Path) -> tuple[list[Source], list[Any]]:
+    """The sources, Hub sets at the very revision that is recorded, and what each comes from."""
+    origins = [_origin(source, folder) for source in sources]
+    pinned = [
+        source.model_copy(update={"revision": origin}) if isinstance(origin, str) else source
+        for source, origin in zip(sources, origins, strict=True)
+    ]
+    return pinned, origins
 
 
 def _origin(source: Source, folder: Path) -> Any:

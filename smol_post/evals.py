@@ -19,6 +19,7 @@ from smol_post.config import EvalsRecipe
 from smol_post.plan import Job, say
 
 SOUP = "soup"
+_CODE = ("evals.py", "scoring.py", "synthetic.py", "chat.py")
 
 
 def checkpoints(jobs: Sequence[Job]) -> Iterator[tuple[str, str, Path, str]]:
@@ -34,9 +35,7 @@ def checkpoints(jobs: Sequence[Job]) -> Iterator[tuple[str, str, Path, str]]:
 
 def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job]) -> None:
     """Measure what has no valid result yet; one line and one file a checkpoint."""
-    code = [
-        resources.files("smol_post").joinpath(name).read_text() for name in ("scoring.py", "synthetic.py")
-    ]
+    code = [resources.files("smol_post").joinpath(name).read_text() for name in _CODE]
     suite = manifest.digest_tree({"recipe": recipe.model_dump(), "code": code})
     for name, stage, folder, digest in checkpoints(jobs):
         path = jobs[0].run_dir.parent / "evals" / f"{name}.json"
@@ -67,10 +66,14 @@ def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job]) -> None:
 
 def evaluate(folder: Path, recipe: EvalsRecipe) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """All metrics of one checkpoint, and transcripts; what it cannot do (no modes) is absent, not zero."""
+    import torch
+
     from smol_post import model, scoring
 
     tokenizer = model.load_tokenizer(folder)
     lm = model.load_model(folder, attn_implementation="sdpa").eval()
+    if torch.accelerator.is_available():
+        lm.to(torch.accelerator.current_accelerator())  # pyright: ignore[reportArgumentType]
     metrics: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []
     shortest = min(recipe.needle_tokens, default=1)

@@ -30,7 +30,11 @@ def run(recipe: LongContextRecipe, parents: list[runner.Parent], job: runner.Job
         max_position_embeddings=recipe.max_tokens,
     )
     model.add_tokens(lm, tokenizer, recipe.add_tokens)
-    template = chat.load_template(recipe.chat_template) if recipe.chat_template else None
+    template = (
+        chat.load_template(recipe.chat_template, folder=job.recipe_file.parent)
+        if recipe.chat_template
+        else None
+    )
     text_end = recipe.text_end or str(tokenizer.eos_token)
     return training.train_on_packs(recipe, lm, tokenizer, template=template, text_end=text_end, **job.place())
 

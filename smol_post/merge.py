@@ -33,6 +33,9 @@ _SAME = (
     "num_key_value_heads",
     "head_dim",
     "tie_word_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
+    "layer_types",
     "no_rope_layers",
     "rope_parameters",
 )
@@ -61,11 +64,12 @@ def run(recipe: MergeRecipe, parents: list[runner.Parent], job: runner.Job) -> d
     equal = [1 / len(soup)] * len(soup)
     job.announce(f"soup of {len(soup)} checkpoints, then {recipe.soup_weight:g} soup")
     folders = [one.folder for one in soup]
-    soup_error = linear(folders, equal, soup_dir, recipe=recipe)
+    out_dtype = _out_dtype(folders[0], recipe.out_dtype)
+    soup_error = linear(folders, equal, soup_dir, recipe=recipe, out_dtype="float32")
     weights = [recipe.soup_weight, 1 - recipe.soup_weight]
     final = job.run_dir / "merged.part"
     shutil.rmtree(final, ignore_errors=True)
-    error = linear([soup_dir, long_context.folder], weights, final, recipe=recipe)
+    error = linear([soup_dir, long_context.folder], weights, final, recipe=recipe, out_dtype=out_dtype)
     for path in final.iterdir():
         path.replace(job.run_dir / path.name)
     final.rmdir()
@@ -92,7 +96,9 @@ def check_alike(folders: Sequence[Path], names: Sequence[str]) -> None:
             )
 
 
-def linear(folders: Sequence[Path], weights: Sequence[float], out: Path, *, recipe: MergeRecipe) -> float:
+def linear(
+    folders: Sequence[Path], weights: Sequence[float], out: Path, *, recipe: MergeRecipe, out_dtype: str
+) -> float:
     """MergeKit's linear merge of `folders` into `out`, the first donates configuration and tokenizer.
 
     Returns the largest absolute deviation of any tensor from the fp32 weighted sum, after checking each is
@@ -102,35 +108,31 @@ def linear(folders: Sequence[Path], weights: Sequence[float], out: Path, *, reci
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
 
-    dtype = _out_dtype(folders[0], recipe.out_dtype)
     merge_config = {
         "merge_method": "linear",
         "base_model": str(folders[0]),
         "dtype": recipe.dtype,
-        "out_dtype": dtype,
+        "out_dtype": out_dtype,
         "models": [
             {"model": str(folder), "parameters": {"weight": weight}}
             for folder, weight in zip(folders, weights, strict=True)
         ],
     }
     out.mkdir(parents=True)
-    logging.disable(
-        logging.WARNING
-    )  # MergeKit describes the architecture it inferred; the outcome is checked below
-    run_merge(
-        MergeConfiguration.model_validate(merge_config),
-        str(out),
-        options=MergeOptions(
-            copy_tokenizer=True,
-            lazy_unpickle=True,
-            write_model_card=False,
-            quiet=True,
-            out_shard_size=recipe.out_shard_size,
-        ),
+    options = MergeOptions(
+        copy_tokenizer=True,
+        lazy_unpickle=True,
+        write_model_card=False,
+        quiet=True,
+        out_shard_size=recipe.out_shard_size,
     )
-    logging.disable(logging.NOTSET)
+    logging.disable(logging.WARNING)  # MergeKit tells what it inferred; the outcome is checked below
+    try:
+        run_merge(MergeConfiguration.model_validate(merge_config), str(out), options=options)
+    finally:
+        logging.disable(logging.NOTSET)
     _check_donor(folders[0], out)
-    return check_sum(folders, weights, out, dtype=getattr(torch, dtype))
+    return check_sum(folders, weights, out, dtype=getattr(torch, out_dtype))
 
 
 def _out_dtype(folder: Path, wanted: str) -> str:
@@ -187,7 +189,7 @@ def check_sum(folders: Sequence[Path], weights: Sequence[float], out: Path, *, d
             return file.get_tensor(name)
 
     worst = 0.0
-    rounding = torch.finfo(dtype).eps
+    half_step, noise = torch.finfo(dtype).eps / 2, 4 * torch.finfo(torch.float32).eps
     for name in places[0]:
         wanted = sum(
             weight * read(place, name).float() for weight, place in zip(weights, places, strict=False)
@@ -199,7 +201,7 @@ def check_sum(folders: Sequence[Path], weights: Sequence[float], out: Path, *, d
             abs(weight) * read(place, name).float().abs()
             for weight, place in zip(weights, places, strict=False)
         )
-        if found.dtype != dtype or not (error <= 4 * rounding * scale + 1e-30).all():
+        if found.dtype != dtype or not (error <= half_step * wanted.abs() + noise * scale + 1e-30).all():
             raise RuntimeError(
                 f"{out}: {name} ({found.dtype}) is off the weighted sum by {error.max():.3e}; merge again"
             )

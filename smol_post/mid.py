@@ -24,7 +24,7 @@ def run(recipe: MidRecipe, parents: list[runner.Parent], job: runner.Job) -> dic
     lm = model.load_model(parent.folder, attn_implementation=recipe.attention)
     training.check_length(recipe, lm)
     model.add_tokens(lm, tokenizer, recipe.add_tokens)
-    template = chat.load_template(recipe.chat_template)
+    template = chat.load_template(recipe.chat_template, folder=job.recipe_file.parent)
     model.set_chat(lm, tokenizer, template)
     return training.train_on_packs(recipe, lm, tokenizer, template=template, text_end=text_end, **job.place())
 

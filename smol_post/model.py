@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AddedToken,
     AutoConfig,
@@ -63,14 +64,18 @@ def load_model(
     if max_position_embeddings is not None:
         config.max_position_embeddings = max_position_embeddings
     attention.register()
-    model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-        folder,
-        config=config,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # so that the next lines name them
-    )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that the next lines name them
+        )
+    except (OSError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Refusal(f"{folder}: no loadable weights ({reason}); mend the parent") from None
     lost = (
         sorted(info["missing_keys"])
         + sorted(info["unexpected_keys"])
@@ -88,7 +93,13 @@ def load_config(folder: Path) -> PreTrainedConfig:
     """config.json of a checkpoint; Refusal where it is missing or unreadable."""
     if not (folder / "config.json").is_file():
         raise Refusal(f"{folder}: no config.json, so no Hugging Face checkpoint; mend the parent")
-    return AutoConfig.from_pretrained(folder)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Refusal(
+            f"{folder / 'config.json'}: not a model configuration ({reason}); mend the parent"
+        ) from None
 
 
 def inverse_frequencies(config: PreTrainedConfig) -> torch.Tensor:
@@ -126,10 +137,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from None
 
 
-def missing_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
-    """Special tokens that a chat template writes and the vocabulary lacks as single tokens."""
+def require_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Refusal where a chat template writes special tokens that the vocabulary lacks as single tokens."""
     wanted = set(re.findall(r"<\|\w+\|>|</?think>", template))
-    return sorted(token for token in wanted if token not in tokenizer.get_vocab())
+    if lacking := sorted(wanted - tokenizer.get_vocab().keys()):
+        raise Refusal(
+            f"the vocabulary lacks {', '.join(lacking)}, which the chat template writes; "
+            "add them in the first run of the chain (add_tokens: [...])"
+        )
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
@@ -167,6 +182,7 @@ def _embedding_weights(model: PreTrainedModel) -> list[torch.Tensor]:
 
 def set_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     """Make the checkpoint a chat model: its template saved, `<|im_end|>` ends turns and generation."""
+    require_tokens(tokenizer, template)
     end = token_id(tokenizer, "<|im_end|>")
     ends = [end, *_as_list(model.generation_config.eos_token_id if model.generation_config else None)]
     ends += _as_list(model.config.eos_token_id)
@@ -186,26 +202,24 @@ def _as_list(value: int | list[int] | None) -> list[int]:
     return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a plain Hugging Face checkpoint and check it: every tensor there, of its size, all finite."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    check_saved(model, folder)
+def check_saved(shapes: dict[str, list[int]], folder: Path) -> None:
+    """Every parameter stands in the saved files with its shape and finite values; RuntimeError otherwise.
 
+    `shapes` by name as before any sharding; a tied parameter is listed, and saved, once.
+    """
+    from safetensors import safe_open
 
-def check_saved(model: PreTrainedModel, folder: Path) -> None:
-    """Every parameter is in the saved files with its shape and no NaN; RuntimeError otherwise."""
-    saved = tensor_names(folder)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    for name, parameter in model.named_parameters():
-        if name in tied and name not in saved:
-            continue
-        if saved.get(name) != list(parameter.shape):
-            raise RuntimeError(
-                f"{folder}: {name} was saved as {saved.get(name)}, wanted {list(parameter.shape)}"
-            )
-        if not torch.isfinite(parameter).all():
-            raise RuntimeError(f"{folder}: {name} has values that are not finite: training diverged")
+    saved: dict[str, list[int]] = {}
+    for path in safetensors_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  not a mapping
+                tensor = file.get_tensor(name)
+                saved[name] = list(tensor.shape)
+                if not torch.isfinite(tensor).all():
+                    raise RuntimeError(f"{folder}: {name} has values that are not finite: training diverged")
+    for name, shape in shapes.items():
+        if saved.get(name) != shape:
+            raise RuntimeError(f"{folder}: {name} was saved as {saved.get(name)}, wanted {shape}")
 
 
 def safetensors_files(folder: Path) -> list[Path]:
@@ -214,17 +228,6 @@ def safetensors_files(folder: Path) -> list[Path]:
     if index.is_file():
         return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
     return sorted(folder.glob("*.safetensors"))
-
-
-def tensor_names(folder: Path) -> dict[str, list[int]]:
-    """Tensor name -> shape of a saved checkpoint, from the files' headers."""
-    from safetensors import safe_open
-
-    found: dict[str, list[int]] = {}
-    for path in safetensors_files(folder):
-        with safe_open(path, framework="pt") as file:
-            found.update({name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
-    return found
 
 
 def build_model(

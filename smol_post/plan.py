@@ -5,11 +5,12 @@ recipes/tiny/apo.yaml  ->  [Job apo_seed0, Job apo_seed1]   each with parents ["
 
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smol_post import config, hub, manifest
+from smol_post import chat, config, hub, manifest, synthetic
 from smol_post.refusal import Refusal, did_you_mean
 
 
@@ -124,7 +125,27 @@ def _stages(entries: list[config.Entry]) -> str:
 
 def _job(folder: Path, entry: config.Entry, root: Path, arguments: list[str]) -> Job:
     recipe = config.load_entry(folder, entry, arguments=arguments)
+    check_names(recipe, folder / entry.recipe)
     return Job(entry.name, recipe, folder / entry.recipe, root / entry.name, entry.parents)
+
+
+def check_names(recipe: config.Recipe, path: Path) -> None:
+    """Templates and generators that a recipe names exist and take the options it gives; Refusal otherwise."""
+    template = getattr(recipe, "chat_template", None)
+    if template is not None:
+        chat.load_template(template, folder=path.parent)
+    options = [(one.generator, one.options) for one in getattr(recipe, "sources", []) if one.generator]
+    if isinstance(recipe, config.EvalsRecipe):
+        options += [
+            ("needle_questions", recipe.needle_options),
+            ("arithmetic_questions", recipe.arithmetic_options),
+            ("preference_pairs", recipe.preference_options),
+        ]
+    for name, given in options:
+        try:
+            synthetic.check_options(name, given)
+        except ValueError as error:
+            raise Refusal(f"{path}: {error}") from None
 
 
 def missing_parents(job: Job, pipeline: list[Job]) -> list[Job]:
@@ -165,6 +186,13 @@ def _folder_digest(path: str, folder: Path) -> str:
             f"parent {path}: {folder} has no config.json, so it is no Hugging Face checkpoint; mend the path"
         )
     return manifest.content_digest(manifest.content_files(folder))
+
+
+def await_parents(job: Job) -> None:
+    """Wait, on the other ranks, until rank 0 has written the parents' manifests (or the launcher ends us)."""
+    for path in job.parent_paths:
+        while path.startswith("../") and not manifest.is_whole(job.run_dir.parent / path[3:].split("/")[0]):
+            time.sleep(0.5)
 
 
 def _how_to_make(job: Job, name: str) -> str:

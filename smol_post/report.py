@@ -167,7 +167,7 @@ def summary(points: list[Point]) -> str:
     """A paragraph made from the numbers: each key metric where it starts, is best and ends."""
     runs = [p for p in points if p.is_run]
     missing = [p.name for p in runs if not p.manifest]
-    tokens = sum(p.counts().get("num_tokens") or 0 for p in runs)
+    tokens = sum(p.manifest["metrics"].get("num_tokens_seen") or 0 for p in runs if p.counts())
     text = f"{len(runs) - len(missing)} of {len(runs)} runs are whole: {number(tokens)} tokens"
     text += f" in {duration(sum(p.manifest.get('seconds') or 0 for p in runs))}."
     text += f" Not run: {', '.join(missing)}." if missing else ""

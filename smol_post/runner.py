@@ -23,7 +23,17 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from smol_post import config, manifest
-from smol_post.plan import Job, Parent, make_plan, num_processes, order, rank, resolve_parent, say
+from smol_post.plan import (
+    Job,
+    Parent,
+    await_parents,
+    make_plan,
+    num_processes,
+    order,
+    rank,
+    resolve_parent,
+    say,
+)
 from smol_post.refusal import Refusal
 
 LOCK = ".lock"
@@ -45,6 +55,9 @@ def fingerprint(job: Job, parents: list[Parent]) -> str:
                 )
             each = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
             files.update({str(one): manifest.digest_file(one) for one in each})
+    template = recipe.get("chat_template")
+    if template and template.endswith(".jinja"):
+        files["template"] = manifest.digest_file(config.local_path(template, job.recipe_file.parent))
     content = {"stage": job.recipe.stage, "recipe": recipe, "parents": [one.digest for one in parents]}
     return manifest.digest_tree({**content, "files": sorted(files.values()), "smol_post": _version()})
 
@@ -89,12 +102,17 @@ def claim(job: Job, parents: list[Parent], print_id: str) -> TextIO | None:
     found = {path.name for path in job.run_dir.iterdir()} if job.run_dir.is_dir() else set()
     if found - ours and manifest.STATE not in found:
         raise Refusal(f"{job.run_dir}: exists and is no run of ours; choose another --run-dir or remove it")
-    job.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        job.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(f"{job.run_dir}: cannot be made ({error.strerror}); choose another --run-dir") from None
     lock = (job.run_dir / LOCK).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise Refusal(f"{job.run_dir}: another process is making this run; wait for it or stop it") from None
+    if manifest.is_whole(job.run_dir):
+        raise Refusal(f"{job.run_dir}: another process has just made this run; type the command again")
     if state_path.is_file():
         old = manifest.read_json(state_path)
         begun = any((job.run_dir / CHECKPOINTS).glob("checkpoint-*"))
@@ -141,8 +159,9 @@ def examine(job: Job) -> tuple[list[Parent], str]:
 def execute(job: Job, examined: tuple[list[Parent], str] | None = None) -> int:
     """Make one run in this process (one of the launched ones, or alone); returns the exit code."""
     if rank() != 0:
-        if manifest.is_whole(job.run_dir):
+        if job.recipe.stage == "merge" or manifest.is_whole(job.run_dir):
             return EXIT_OK
+        await_parents(job)
         return _guarded(job, [], "", None)
     try:
         parents, print_id = examined or examine(job)

@@ -316,16 +316,21 @@ GENERATORS: dict[str, Callable[..., Row]] = {
 }
 
 
-def generate(name: str, *, num_rows: int, seed: int, **options: Any) -> Iterator[Row]:
-    """`num_rows` rows of one generator; the same arguments always give the same rows.
-
-    Raises ValueError: an unknown generator, or an option that it does not have.
-    """
+def check_options(name: str, options: Row) -> None:
+    """ValueError where there is no such generator, or it has no such option."""
     if name not in GENERATORS:
         raise ValueError(f"unknown generator {name!r}; known: {', '.join(GENERATORS)}")
     known = list(inspect.signature(GENERATORS[name]).parameters)[1:]
     for option in options:
         if option not in known:
             raise ValueError(f"generator {name!r} has no option {option!r}; known: {', '.join(known)}")
+
+
+def generate(name: str, *, num_rows: int, seed: int, **options: Any) -> Iterator[Row]:
+    """`num_rows` rows of one generator; the same arguments always give the same rows.
+
+    Raises ValueError: an unknown generator, or an option that it does not have.
+    """
+    check_options(name, options)
     rng = random.Random(f"{name} {seed}")
     return (GENERATORS[name](rng, **options) for _ in range(num_rows))

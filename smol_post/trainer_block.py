@@ -35,11 +35,16 @@ OWNED = {
     "truncation_mode": "overlong_rows",
     "resume_from_checkpoint": "nothing: an unfinished run resumes by itself",
 }
+# The preference losses of TRL that this stage is for: APO, and what it is compared with.
+LOSSES = ("apo_zero", "apo_down", "sigmoid", "hinge", "ipo", "sft")
 # Fields that the pinned versions accept and ignore, or that compute something else behind the recipe's back.
 INERT = {
     "gradient_checkpointing": "its name is activation_checkpointing now",
     "gradient_checkpointing_kwargs": "its name is activation_checkpointing_kwargs now",
     "eval_packing": "there is no evaluation set in training",
+    "eval_strategy": "there is no evaluation set in training",
+    "eval_steps": "there is no evaluation set in training",
+    "eval_on_start": "there is no evaluation set in training",
     "use_liger_kernel": "TRL 1.16 forbids its fused loss",
     "liger_kernel_config": "TRL 1.16 forbids its fused loss",
     "auto_find_batch_size": "it changes the batch silently",
@@ -86,6 +91,11 @@ def check_trainer_block(stage: str, block: dict[str, Any], *, where: str) -> Non
             raise Refusal(f"{at}: found {describe(value)}, wanted {' or '.join(types)}{text_number(value)}")
         if choices and value is not None and value not in choices:
             raise Refusal(f"{at}: found {describe(value)}{did_you_mean(str(value), choices)}")
+    unknown = [one for one in block.get("loss_type", []) if one not in LOSSES] if stage == "apo" else []
+    if unknown:
+        raise Refusal(
+            f"{where}: trainer.loss_type: found {describe(unknown[0])}, wanted one of {', '.join(LOSSES)}"
+        )
     if block.get("lr_scheduler_type") == "warmup_stable_decay" and "num_decay_steps" not in (
         block.get("lr_scheduler_kwargs") or {}
     ):

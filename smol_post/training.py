@@ -7,6 +7,7 @@ Run as a module it writes the table of TRL's fields that recipes are checked aga
 import dataclasses
 import enum
 import json
+import math
 import time
 import types
 import typing
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import (
     PreTrainedModel,
@@ -33,7 +35,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from smol_post import data, manifest, model
-from smol_post.config import BaseRecipe, LongContextRecipe, MidRecipe, SftRecipe, Training
+from smol_post.config import ApoRecipe, BaseRecipe, LongContextRecipe, MidRecipe, SftRecipe, Training
 from smol_post.refusal import Refusal
 
 Announce = Callable[[str], None]
@@ -70,6 +72,7 @@ def trainer_arguments(recipe: Training, *, run_dir: Path, num_processes: int) ->
         "report_to": "none",
         "save_strategy": "no",
         "logging_steps": 10,
+        "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "dataloader_pin_memory": device is not None,
         "use_cpu": device is None,
@@ -84,6 +87,8 @@ def trainer_arguments(recipe: Training, *, run_dir: Path, num_processes: int) ->
         "gradient_accumulation_steps": accumulation_steps(recipe, num_processes),
         "max_length": None,
     }
+    if isinstance(recipe, ApoRecipe):
+        defaults["loss_type"] = ["apo_zero"]
     return {**defaults, **recipe.trainer, **owned}
 
 
@@ -115,8 +120,10 @@ class PackTrainer(NoEmbeddingDecay, SFTTrainer):
         several full passes (measured at twice the step time). Elsewhere TRL's own path is taken. Both equal
         loss = sum over trained t of -log p(token_t | its document before t) / num_items_in_batch.
         """
-        plain = model is self.accelerator.unwrap_model(model) and inputs["input_ids"].device.type == "cpu"
-        if return_outputs or not plain or num_items_in_batch is None or self.loss_type != "nll":
+        alone = model is self.accelerator.unwrap_model(model) and inputs["input_ids"].device.type == "cpu"
+        full = self.accelerator.mixed_precision == "no"
+        plain = alone and full and self.loss_type == "nll" and not self.args.label_smoothing_factor
+        if return_outputs or not plain or num_items_in_batch is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels_BT = inputs["labels"][:, 1:]
         rest = {key: value for key, value in inputs.items() if key != "labels"}
@@ -157,11 +164,8 @@ def train_on_packs(
     `data.prepare_packs` does.
     """
     arguments = trainer_arguments(recipe, run_dir=run_dir, num_processes=num_processes)
-    if template and (lacking := model.missing_tokens(tokenizer, template)):
-        raise Refusal(
-            f"the vocabulary lacks {', '.join(lacking)}, which the chat template writes; "
-            "add them in the first run of the chain (add_tokens: [...])"
-        )
+    if template:
+        model.require_tokens(tokenizer, template)
     if text_end not in tokenizer.get_vocab():
         raise Refusal(f"text_end: the vocabulary has no token {text_end!r}; name the one that ends a text")
     packs = data.prepare_packs(
@@ -181,7 +185,7 @@ def train_on_packs(
     dataset, ledger = whole_batches(packs, recipe.global_batch_size)
     announce(describe(ledger))
     trainer = pack_trainer(lm, tokenizer, dataset, arguments=arguments, announce=announce)
-    return {"data": ledger, "metrics": fit(trainer, tokenizer, run_dir=run_dir)}
+    return {"data": ledger, "metrics": fit(trainer, tokenizer, run_dir=run_dir, ledger=ledger)}
 
 
 def whole_batches(prepared: data.Prepared, global_batch_size: int) -> tuple[Dataset, dict[str, Any]]:
@@ -194,9 +198,7 @@ def whole_batches(prepared: data.Prepared, global_batch_size: int) -> tuple[Data
     number = len(prepared.dataset)
     unused = number % global_batch_size
     if unused == number:
-        raise Refusal(
-            f"global_batch_size: found {global_batch_size}, wanted at most {number}; lower it"
-        )
+        raise Refusal(f"global_batch_size: found {global_batch_size}, wanted at most {number}; lower it")
     return prepared.dataset.select(range(number - unused)), {**prepared.ledger, "num_unused": unused}
 
 
@@ -267,6 +269,10 @@ def pair_trainer(
 
 
 def _with_log(trainer: T, announce: Announce) -> T:
+    wanted = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "no"
+    found = trainer.accelerator.mixed_precision
+    if found != wanted:
+        raise Refusal(f"mixed_precision: the launch file says {found}, the recipe {wanted}; make them agree")
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Log(announce))
@@ -290,7 +296,7 @@ class Log(TrainerCallback):
         if state.is_world_process_zero:
             path = self._path(args)
             old = path.read_text().splitlines() if path.is_file() else []
-            kept = [line for line in old if json.loads(line)["step"] <= state.global_step]
+            kept = [line for line in old if _step(line) <= state.global_step]
             path.write_text("".join(line + "\n" for line in kept))
 
     def on_log(
@@ -302,7 +308,13 @@ class Log(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Write one line for the file and one for the person."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        if not logs or "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise RuntimeError(
+                f"step {state.global_step}: the loss is {logs['loss']}; lower the learning rate"
+            )
+        if not state.is_world_process_zero:
             return
         with self._path(args).open("a") as stream:
             stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
@@ -317,6 +329,7 @@ class Log(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Seal a checkpoint: names and sizes of its files, written once all of them are there."""
+        PartialState().wait_for_everyone()  # every rank has written its part
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
             manifest.write_json(folder / WHOLE, _sizes(folder))
@@ -324,6 +337,14 @@ class Log(TrainerCallback):
     @staticmethod
     def _path(args: TrainingArguments) -> Path:
         return Path(str(args.output_dir)).parent / LOG
+
+
+def _step(line: str) -> float:
+    """The step of a line of the log; a torn last line counts as after everything."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -347,31 +368,44 @@ def last_checkpoint(run_dir: Path) -> Path | None:
 
 
 def fit(
-    trainer: PackTrainer | PairTrainer, tokenizer: PreTrainedTokenizerBase, *, run_dir: Path
+    trainer: PackTrainer | PairTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    run_dir: Path,
+    ledger: dict[str, Any],
 ) -> dict[str, Any]:
     """Train (from the last whole checkpoint, if any), save a plain checkpoint into `run_dir`, return metrics.
 
-    Raises RuntimeError where the loss or a saved weight is not finite.
+    Raises Refusal where an unfinished run was made from other data, RuntimeError where the loss or a saved
+    weight is not finite.
     """
-    (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+    shapes = {name: list(parameter.shape) for name, parameter in trained.named_parameters()}
     resumed = last_checkpoint(run_dir)
+    note = run_dir / CHECKPOINTS / "data.json"
+    if resumed and manifest.read_json(note)["fingerprint"] != ledger["fingerprint"]:
+        raise Refusal(f"{resumed}: was made from other data or other code; remove {run_dir} to begin again")
+    if trainer.is_world_process_zero():
+        note.parent.mkdir(parents=True, exist_ok=True)
+        manifest.write_json(note, {"fingerprint": ledger["fingerprint"]})
     started = time.monotonic()
     result = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     seconds = time.monotonic() - started
     losses = [one["loss"] for one in trainer.state.log_history if "loss" in one]
-    if losses and not all(torch.isfinite(torch.tensor(losses))):
-        raise RuntimeError(f"the loss became {losses[-1]}: training diverged; lower the learning rate")
-    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     trained.config.use_cache = True
     trainer.save_model(str(run_dir))
     if trainer.is_world_process_zero():
         (run_dir / "training_args.bin").unlink(missing_ok=True)
         tokenizer.save_pretrained(run_dir)
-        model.check_saved(trained, run_dir)
-        if not any((run_dir / CHECKPOINTS).iterdir()):
-            (run_dir / CHECKPOINTS).rmdir()
+        model.check_saved(shapes, run_dir)
+        if not any((run_dir / CHECKPOINTS).glob("checkpoint-*")):
+            note.unlink()
+            note.parent.rmdir()
+    epochs = float(trainer.state.epoch or 0)
     return {
         "num_steps": trainer.state.global_step,
+        "num_epochs": round(epochs, 3),
+        "num_tokens_seen": round(ledger["num_tokens"] * epochs),  # in expectation: packs are drawn at random
         "train_loss": round(result.training_loss, 5),
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,

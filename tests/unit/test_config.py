@@ -190,3 +190,27 @@ def test_every_owned_or_inert_trainer_key_is_a_field_of_trl() -> None:
 
     known = trl_fields("sft").keys() | trl_fields("apo").keys()
     assert {*OWNED, *INERT} - known == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        (SFT, "stage: sft", "stage: sft\nchat_template: smolpost", "no chat template 'smolpost'"),
+        ("apo.yaml", "apo_zero", "nonsense", r"trainer\.loss_type: found \"nonsense\""),
+        (
+            "evals.yaml",
+            "stage: evals",
+            "stage: evals\nneedle_options: {max_overwrite: 1}",
+            "no option 'max_overwrite'",
+        ),
+    ],
+)
+def test_names_that_lead_nowhere_are_refused_before_anything_runs(
+    recipe_folder: Path, name: str, old: str, new: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe_folder / name
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    assert commands.check([str(recipe_folder)]) == 2
+    assert re.search(message, capsys.readouterr().err)

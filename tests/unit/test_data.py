@@ -163,7 +163,7 @@ def test_the_same_inputs_hit_the_cache(packs: Packs, tmp_path: Path) -> None:
         {"packing_strategy": "wrapped"},
         {"loss_on": "completion"},
         {"overlong_rows": "truncate"},
-        {"text_end": "<|im_end|>"},
+        {"text_end": "<think>"},
         {"sources": [Source(name="other", path="rows.jsonl")]},
         {"sources": [Source(name="rows", path="rows.jsonl", keep_fraction=0.5)]},
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from smol_post import config, manifest, merge, model
+from smol_post import config, manifest, merge
 from smol_post.plan import Job, Parent
 from smol_post.refusal import Refusal
 
@@ -21,7 +21,8 @@ def save(build: Build, tokenizer: Any, tmp_path: Path) -> Callable[..., Parent]:
 
     def made(name: str, *, stage: str | None = "apo", **changes: Any) -> Parent:
         folder = tmp_path / name
-        model.save_checkpoint(build(**{"seed": len(name), **changes}), tokenizer, folder)
+        build(**{"seed": len(name), **changes}).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         return Parent(f"../{name}", folder, manifest.content_digest(manifest.content_files(folder)), stage)
 
     return made
@@ -68,7 +69,8 @@ def test_a_parent_with_more_tokens_is_refused_by_vocab_size(
     first, second = save("a"), save("bb", stage="long_context")
     wider = build()
     wider.resize_token_embeddings(len(tokenizer) + 8)
-    model.save_checkpoint(wider, tokenizer, second.folder)
+    wider.save_pretrained(second.folder)
+    tokenizer.save_pretrained(second.folder)
     with pytest.raises(
         Refusal, match=rf"vocab_size: ../a has {len(tokenizer)}, ../bb has {len(tokenizer) + 8}"
     ):
@@ -114,3 +116,24 @@ def test_a_merge_that_is_not_the_weighted_sum_is_an_error(
     save_file(total, out / "model.safetensors")
     with pytest.raises(RuntimeError, match=name):
         merge.check_sum(folders, weights, out, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("weights", "right"), [([0.9, 0.1], True), ([1.0, 0.0], False), ([0.5, 0.5], False)])
+def test_a_bf16_merge_is_held_to_one_rounding_step(
+    build: Any, tmp_path: Path, weights: list[float], right: bool
+) -> None:
+    """Two parents 2 % apart: a merge of other weights is within bf16's coarsest step, and is found."""
+    torch.manual_seed(0)
+    first = {name: tensor.detach().clone() for name, tensor in build().named_parameters()}
+    second = {name: tensor * (1 + 0.02 * torch.randn_like(tensor)) for name, tensor in first.items()}
+    mixed = {name: weights[0] * first[name] + weights[1] * second[name] for name in first}
+    total = {name: tensor.bfloat16() for name, tensor in mixed.items()}
+    for folder, tensors in (("a", first), ("b", second), ("out", total)):
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    folders = [tmp_path / "a", tmp_path / "b"]
+    if right:
+        assert merge.check_sum(folders, [0.9, 0.1], tmp_path / "out", dtype=torch.bfloat16) < 0.01
+    else:
+        with pytest.raises(RuntimeError, match="off the weighted sum"):
+            merge.check_sum(folders, [0.9, 0.1], tmp_path / "out", dtype=torch.bfloat16)

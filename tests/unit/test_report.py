@@ -42,7 +42,8 @@ def write_run(root: Path, run: str, **changes: Any) -> None:
     manifest = {
         "schema": 1, "run": run, "stage": run.split("_")[0], "recipe": {"max_tokens": 64}, "parents": parents,
         "recipe_file": f"recipes/tiny/{run}.yaml", "data": None if run == "merge" else data, "seed": 0,
-        "versions": {"torch": "2.13.0"}, "seconds": 62.0, "metrics": {"train_loss": 0.31, "num_steps": 40},
+        "versions": {"torch": "2.13.0"}, "seconds": 62.0,
+        "metrics": {"num_tokens_seen": 12345, "train_loss": 0.31, "num_steps": 40},
         "digest": digest(run),
     }  # fmt: skip
     write_json(root / run / "manifest.json", manifest | changes)

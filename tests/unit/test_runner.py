@@ -179,3 +179,12 @@ def test_arguments_may_stand_in_any_order(words: list[str], recipe: str | None, 
 def test_an_argument_too_many_is_refused(words: list[str]) -> None:
     with pytest.raises(Refusal, match="argument "):
         runner.parse(runner.parser("smol-post sft", stage="sft"), words)
+
+
+def test_a_fingerprint_changes_with_the_text_of_a_template_of_ones_own(job: Job) -> None:
+    template = job.recipe_file.parent / "mine.jinja"
+    template.write_text("one")
+    own = changed(job, chat_template="mine.jinja")
+    first = runner.fingerprint(own, [PARENT])
+    template.write_text("two")
+    assert runner.fingerprint(own, [PARENT]) != first
