@@ -288,7 +288,7 @@ def _template_of(tokenizer: Any, template: str | None) -> str:
     template = template or tokenizer.chat_template
     if not template:
         raise ValueError(
-            "the tokenizer has no chat template: pass one, for example load_template('smol_post')"
+            "the tokenizer has no chat template; set chat_template: smol_post, chatml or a .jinja file"
         )
     return template
 

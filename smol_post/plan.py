@@ -176,6 +176,10 @@ def resolve_parent(job: Job, path: str) -> Parent:
             found = manifest.verify(folder)
             return Parent(path, folder, found["digest"], found["stage"])
         return Parent(path, folder, _folder_digest(path, folder), None)
+    if Path(path).is_dir() or (job.recipe_file.parent / path).is_dir():
+        raise Refusal(
+            f"parent {path}: found a relative folder, wanted ../run, an absolute folder or a Hub id"
+        )
     folder = hub.checkpoint(path)
     return Parent(path, folder, f"hub:{path.partition('@')[0]}@{folder.name}", None)
 

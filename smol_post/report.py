@@ -126,11 +126,11 @@ def levels(runs: list[Point]) -> list[list[Point]]:
 
 
 def work_table(runs: list[Point]) -> Table:
-    """What each run consumed."""
+    """What was prepared for each run, and how often it was gone through."""
     of_data = {"documents": "num_documents", "tokens": "num_tokens", "trained tokens": "num_trained_tokens",
                "packs": "num_packs", "pack use": "utilisation", "truncated": "num_truncated_rows",
                "dropped": "num_dropped_rows"}  # fmt: skip
-    of_metrics = {"steps": "num_steps", "train loss": "train_loss"}
+    of_metrics = {"steps": "num_steps", "epochs": "num_epochs", "train loss": "train_loss"}
     rows = []
     for run in runs:
         metrics, counts = run.manifest.get("metrics") or {}, run.counts()
