@@ -23,6 +23,7 @@ def run(recipe: ApoRecipe, parents: list[runner.Parent], job: runner.Job) -> dic
     from smol_post import chat, data, model, training
 
     (parent,) = parents
+    model.use_threads(recipe.num_threads)
     arguments = training.trainer_arguments(recipe, run_dir=job.run_dir, num_processes=runner.num_processes())
     tokenizer = model.load_tokenizer(parent.folder)
     if recipe.chat_template:

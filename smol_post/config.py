@@ -56,6 +56,7 @@ class Training(Strict):
     """What every training stage has in common."""
 
     seed: int = 0
+    num_threads: int | None = Field(default=None, gt=0)  # of one process on a CPU; None: torch's choice
     max_tokens: int = Field(gt=1)
     global_batch_size: int = Field(gt=0)
     micro_batch_size: int = Field(default=1, gt=0)
@@ -177,6 +178,7 @@ class EvalsRecipe(Strict):
 
     stage: Literal["evals"]
     seed: int = 1_000_000
+    num_threads: int | None = Field(default=None, gt=0)
     needle_tokens: list[int] = [64, 256, 512]
     num_needle_questions: int = Field(default=200, ge=0)
     needle_options: dict[str, Any] = {}

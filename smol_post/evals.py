@@ -70,6 +70,7 @@ def evaluate(folder: Path, recipe: EvalsRecipe) -> tuple[dict[str, Any], list[di
 
     from smol_post import model, scoring
 
+    model.use_threads(recipe.num_threads)
     tokenizer = model.load_tokenizer(folder)
     lm = model.load_model(folder, attn_implementation="sdpa").eval()
     if torch.accelerator.is_available():

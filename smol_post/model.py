@@ -35,6 +35,12 @@ if not torch.cuda.is_available():
     )  # else DeepSpeed looks for a GPU and says so at every start
 
 
+def use_threads(number: int | None) -> None:
+    """CPU threads of this process; with one, small models are fast and sums come out alike everywhere."""
+    if number is not None:
+        torch.set_num_threads(number)
+
+
 def load_model(
     folder: Path,
     *,

@@ -163,6 +163,7 @@ def train_on_packs(
     Raises Refusal where the template or a text wants a token that the vocabulary lacks, or as
     `data.prepare_packs` does.
     """
+    model.use_threads(recipe.num_threads)
     arguments = trainer_arguments(recipe, run_dir=run_dir, num_processes=num_processes)
     if template:
         model.require_tokens(tokenizer, template)
