@@ -11,6 +11,7 @@ import math
 import time
 import types
 import typing
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 from smol_post import data, manifest, model
 from smol_post.config import ApoRecipe, BaseRecipe, LongContextRecipe, MidRecipe, SftRecipe, Training
 from smol_post.refusal import Refusal
+
+# TRL reads a property that transformers renames; nothing a user of a recipe could do about it.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 Announce = Callable[[str], None]
 

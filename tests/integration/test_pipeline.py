@@ -250,3 +250,15 @@ def test_the_saved_weights_are_those_of_the_last_step(chain: Chain) -> None:
     names = load_file(chain[1] / "sft" / "model.safetensors").keys()
     assert "lm_head.weight" not in names
     assert len(names) == 2 + 4 * 9
+
+
+def test_the_long_context_checkpoint_says_what_it_was_trained_at(chain: Chain) -> None:
+    recipe = yaml.safe_load((chain[0] / "long_context_1.yaml").read_text())
+    saved = json.loads((chain[1] / "long_context_1" / "config.json").read_text())
+    assert saved["max_position_embeddings"] == recipe["max_tokens"]
+    assert saved["rope_parameters"] == {"rope_type": "default", "rope_theta": recipe["rope_theta"]}
+    for later in ("mid", "sft", "merge"):
+        assert (
+            json.loads((chain[1] / later / "config.json").read_text())["rope_parameters"]
+            == saved["rope_parameters"]
+        )

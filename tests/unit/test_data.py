@@ -344,3 +344,11 @@ def test_pairs_end_their_turn_and_overlong_ones_are_dropped_and_counted(
         "think": 1,
         "no_think": 1,
     }
+
+
+def test_other_code_misses_the_cache(packs: Packs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source of what makes tokens is part of the address; another list of files stands for an edit."""
+    packs()
+    monkeypatch.setattr(data, "_TOKEN_CODE", ("chat.py", "packing.py"))
+    packs()
+    assert len(entries(tmp_path)) == 2

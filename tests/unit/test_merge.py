@@ -137,3 +137,16 @@ def test_a_bf16_merge_is_held_to_one_rounding_step(
     else:
         with pytest.raises(RuntimeError, match="off the weighted sum"):
             merge.check_sum(folders, [0.9, 0.1], tmp_path / "out", dtype=torch.bfloat16)
+
+
+def test_a_merge_that_carries_another_parent_s_template_is_an_error(
+    save: Callable[..., Parent], tmp_path: Path
+) -> None:
+    """MergeKit takes them from whichever model of a set comes first, unless told; what came out counts."""
+    donor, out = save("a").folder, save("bb").folder
+    (donor / "chat_template.jinja").write_text("the soup's")
+    (out / "chat_template.jinja").write_text("the long-context checkpoint's")
+    with pytest.raises(RuntimeError, match=r"chat_template\.jinja: is not the soup's"):
+        merge._check_donor(donor, out)
+    (out / "chat_template.jinja").write_text("the soup's")
+    merge._check_donor(donor, out)

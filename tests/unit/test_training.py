@@ -132,3 +132,10 @@ def test_preference_training_is_apo_zero_unless_the_recipe_says_otherwise(tmp_pa
     assert training.trainer_arguments(apo, run_dir=tmp_path, num_processes=1)["loss_type"] == ["apo_zero"]
     other = config.ApoRecipe(**given, sources=sources, trainer={"loss_type": ["sigmoid"]})
     assert training.trainer_arguments(other, run_dir=tmp_path, num_processes=1)["loss_type"] == ["sigmoid"]
+
+
+@pytest.mark.parametrize("kind", [training.PackTrainer, training.PairTrainer])
+def test_neither_trainer_decays_embeddings(build: Build, kind: Any) -> None:
+    names = kind.get_decay_parameter_names(object.__new__(kind), build(tied=True))
+    assert "model.layers.0.mlp.up_proj.weight" in names
+    assert not [name for name in names if "embed" in name or "lm_head" in name]
