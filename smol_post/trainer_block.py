@@ -1,6 +1,6 @@
 """The `trainer:` block of a recipe, held against the fields of the pinned TRL configuration without torch.
 
-`trl_fields.json` lists them with types and choices; `python -m smol_post.training` writes it from
+`trl_fields.json` lists them with types and choices; `python -m smol_post.trl_fields` writes it from
 the installed TRL, and a test holds the two against each other.
 """
 

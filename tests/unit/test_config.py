@@ -178,10 +178,10 @@ def test_only_the_first_run_of_a_chain_may_add_tokens(
 
 
 def test_the_field_table_is_that_of_the_installed_trl() -> None:
-    from smol_post import training
+    from smol_post import trl_fields
 
     written = Path(config.__file__).with_name("trl_fields.json").read_text()
-    assert json.loads(written) == json.loads(json.dumps(training.trl_field_table()))
+    assert json.loads(written) == json.loads(json.dumps(trl_fields.trl_field_table()))
 
 
 def test_every_owned_or_inert_trainer_key_is_a_field_of_trl() -> None:

@@ -16,8 +16,8 @@ STAGES = {"base", "long_context", "mid", "sft", "apo", "merge", "evals"}
 LAYERS = [
     {"__init__", "refusal", "trainer_block", "config", "manifest"},
     {"plan", "runner", "chat", "packing", "synthetic", "report", "points", "plots", "hub"},
-    {"data", "model", "attention"},
-    {"training", "scoring"},
+    {"data", "model", "attention", "sources"},
+    {"training", "scoring", "trl_fields"},
     STAGES,
     {"commands"},
     {"__main__"},
