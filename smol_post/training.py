@@ -209,9 +209,10 @@ def describe(ledger: dict[str, Any]) -> str:
         if "num_packs" in ledger
         else ""
     )
+    unused = f", {ledger['num_unused']:,} left over by whole batches" if ledger["num_unused"] else ""
     return (
         f"{ledger['num_documents']:,} documents{full}; {ledger['num_tokens']:,} tokens, "
-        f"{ledger['num_trained_tokens']:,} trained{dropped}"
+        f"{ledger['num_trained_tokens']:,} trained{dropped}{unused}"
     )
 
 
