@@ -115,14 +115,14 @@ def _encode_batch(
         if chats
         else []
     )
-    im_end = tokenizer.get_vocab().get(chat.END_OF_TURN)
+    ends_turn = tokenizer.convert_ids_to_tokens(end_id) == chat.END_OF_TURN
     for row in rows:
         if row.get("messages"):
             one = next(encoded)
             ids, mask, mode = one.input_ids, one.train_mask, one.mode
         else:
             before, after = _plain(row)
-            if end_id == im_end:
+            if ends_turn:
                 raise ValueError("a text ends with <|im_end|> here; set text_end: the token that ends a text")
             prompt_ids = tokenizer(before, add_special_tokens=False)["input_ids"] if before else []
             ids = [*prompt_ids, *tokenizer(after, add_special_tokens=False)["input_ids"], end_id]

@@ -18,7 +18,6 @@ from smol_post import manifest
 from smol_post.config import EvalsRecipe
 from smol_post.plan import Job, say
 
-SOUP = "soup"
 _CODE = ("evals.py", "scoring.py", "synthetic.py", "chat.py")
 
 
@@ -27,7 +26,7 @@ def checkpoints(jobs: Sequence[Job]) -> Iterator[tuple[str, str, Path, str]]:
     for job in jobs:
         if not manifest.is_whole(job.run_dir):
             continue
-        soup = job.run_dir / SOUP
+        soup = job.run_dir / manifest.SOUP
         if job.recipe.stage == "merge" and soup.is_dir():
             yield f"{job.name}_soup", "merge", soup, manifest.content_digest(manifest.content_files(soup))
         yield job.name, job.recipe.stage, job.run_dir, manifest.read_manifest(job.run_dir)["digest"]

@@ -21,6 +21,8 @@ from smol_post.refusal import Refusal
 SCHEMA = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+CHECKPOINTS = "checkpoints"  # of a run under way, and those its recipe keeps
+SOUP = "soup"  # inside a merge: the average before the last merge
 _NOT_CONTENT = {MANIFEST, STATE, "verify.json"}
 _CONTENT_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 _PACKAGES = (

@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smol_post import runner
+from smol_post import manifest, runner
 from smol_post.config import MergeRecipe
 from smol_post.refusal import Refusal
 
 if TYPE_CHECKING:
     import torch
 
-SOUP = "soup"
 _SAME = (
     "architectures",
     "vocab_size",
@@ -59,7 +58,7 @@ def run(recipe: MergeRecipe, parents: list[runner.Parent], job: runner.Job) -> d
             f"{long_context.path} is of stage {long_context.stage}; the last parent is long_context"
         )
     check_alike([one.folder for one in parents], [one.path for one in parents])
-    soup_dir = job.run_dir / SOUP
+    soup_dir = job.run_dir / manifest.SOUP
     shutil.rmtree(soup_dir, ignore_errors=True)
     equal = [1 / len(soup)] * len(soup)
     job.announce(f"soup of {len(soup)} checkpoints, then {recipe.soup_weight:g} soup")
@@ -164,8 +163,8 @@ def _check_donor(donor: Path, out: Path) -> None:
 def check_sum(folders: Sequence[Path], weights: Sequence[float], out: Path, *, dtype: "torch.dtype") -> float:
     """The largest |merged - sum of weight x parent| over all tensors; RuntimeError beyond one rounding step.
 
-    0.9 x 2.0 + 0.1 x 1.0 = 1.9: every tensor of `out` is held against that sum in fp32, one tensor in memory
-    at a time.
+    0.9 x 2.0 + 0.1 x 1.0 = 1.9: every tensor of `out` is held against that sum in fp32, one tensor of each
+    checkpoint in memory at a time.
     """
     import torch
     from safetensors import safe_open
@@ -191,16 +190,10 @@ def check_sum(folders: Sequence[Path], weights: Sequence[float], out: Path, *, d
     worst = 0.0
     half_step, noise = torch.finfo(dtype).eps / 2, 4 * torch.finfo(torch.float32).eps
     for name in places[0]:
-        wanted = sum(
-            weight * read(place, name).float() for weight, place in zip(weights, places, strict=False)
-        )
-        assert isinstance(wanted, torch.Tensor)
+        parts = [weight * read(place, name).float() for weight, place in zip(weights, places, strict=False)]
+        wanted, scale = torch.stack(parts).sum(0), torch.stack(parts).abs().sum(0)
         found = read(places[-1], name)
         error = (found.float() - wanted).abs()
-        scale = sum(
-            abs(weight) * read(place, name).float().abs()
-            for weight, place in zip(weights, places, strict=False)
-        )
         if found.dtype != dtype or not (error <= half_step * wanted.abs() + noise * scale + 1e-30).all():
             raise RuntimeError(
                 f"{out}: {name} ({found.dtype}) is off the weighted sum by {error.max():.3e}; merge again"

@@ -29,10 +29,8 @@ from smol_post import attention
 from smol_post.refusal import Refusal
 
 logging.disable_progress_bar()  # of transformers; progress is ours to show
-if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # else DeepSpeed looks for a GPU and says so at every start
+if not torch.cuda.is_available():  # else DeepSpeed looks for a GPU and says so at every start
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def use_threads(number: int | None) -> None:

@@ -207,8 +207,8 @@ def _how_to_make(job: Job, name: str) -> str:
 def order(plan: Plan) -> list[Job]:
     """The jobs of a plan, missing parents first where the recipe and the launch allow building them."""
     found: list[Job] = []
+    asked = {job.name for job in plan.jobs}
     for job in plan.jobs:
-        asked = {one.name for one in [*plan.jobs]}
         for parent in missing_parents(job, plan.pipeline):
             if parent.name in asked or parent in found:
                 continue

@@ -37,7 +37,6 @@ from smol_post.plan import (
 from smol_post.refusal import Refusal
 
 LOCK = ".lock"
-CHECKPOINTS = "checkpoints"  # of an unfinished run; a run that has none yet holds nothing that could be lost
 EXIT_OK, EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -115,7 +114,8 @@ def claim(job: Job, parents: list[Parent], print_id: str) -> TextIO | None:
         raise Refusal(f"{job.run_dir}: another process has just made this run; type the command again")
     if state_path.is_file():
         old = manifest.read_json(state_path)
-        begun = any((job.run_dir / CHECKPOINTS).glob("checkpoint-*"))
+        # a run without checkpoints holds nothing that could be lost
+        begun = any((job.run_dir / manifest.CHECKPOINTS).glob("checkpoint-*"))
         if old["fingerprint"] != print_id and begun:
             raise _other_recipe(job, old, parents, "unfinished")
     record(job, parents, print_id, "running")

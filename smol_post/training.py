@@ -36,7 +36,6 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", categ
 
 Announce = Callable[[str], None]
 
-CHECKPOINTS = "checkpoints"
 LOG = "train_log.jsonl"
 WHOLE = "whole.json"
 
@@ -74,7 +73,7 @@ def trainer_arguments(recipe: Training, *, run_dir: Path, num_processes: int) ->
         "use_cpu": device is None,
     }
     owned: dict[str, Any] = {
-        "output_dir": str(run_dir / CHECKPOINTS),
+        "output_dir": str(run_dir / manifest.CHECKPOINTS),
         "seed": recipe.seed,
         "data_seed": recipe.seed,
         "max_steps": recipe.num_steps if recipe.num_steps is not None else -1,
@@ -356,7 +355,8 @@ def _sizes(folder: Path) -> dict[str, int]:
 def last_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint of a run that is sealed and has all its files; torn ones are passed over."""
     found = sorted(
-        (run_dir / CHECKPOINTS).glob("checkpoint-*"), key=lambda path: -int(path.name.rsplit("-", 1)[1])
+        (run_dir / manifest.CHECKPOINTS).glob("checkpoint-*"),
+        key=lambda path: -int(path.name.rsplit("-", 1)[1]),
     )
     for folder in found:
         seal = folder / WHOLE
@@ -380,7 +380,7 @@ def fit(
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     shapes = {name: list(parameter.shape) for name, parameter in trained.named_parameters()}
     resumed = last_checkpoint(run_dir)
-    note = run_dir / CHECKPOINTS / "data.json"
+    note = run_dir / manifest.CHECKPOINTS / "data.json"
     if resumed and manifest.read_json(note)["fingerprint"] != ledger["fingerprint"]:
         raise Refusal(f"{resumed}: was made from other data or other code; remove {run_dir} to begin again")
     if trainer.is_world_process_zero():
@@ -396,7 +396,7 @@ def fit(
         (run_dir / "training_args.bin").unlink(missing_ok=True)
         tokenizer.save_pretrained(run_dir)
         model.check_saved(shapes, run_dir)
-        if not any((run_dir / CHECKPOINTS).glob("checkpoint-*")):
+        if not any((run_dir / manifest.CHECKPOINTS).glob("checkpoint-*")):
             note.unlink()
             note.parent.rmdir()
     epochs = float(trainer.state.epoch or 0)
