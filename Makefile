@@ -14,7 +14,7 @@ comma := ,
 EXTRAS := dev$(if $(filter Linux,$(SYSTEM)),$(comma)deepspeed)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline $(STAGES) evals report check test format clean
+.PHONY: help setup pipeline prepare $(STAGES) evals report check test bench format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+( [a-z-]+)*:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,9 @@ $(READY): pyproject.toml constraints.txt
 
 pipeline: $(READY)  ## the whole chain of RECIPE, evaluated, with a report
 	$(BIN)/smol-post run $(RECIPE) --run-dir $(RUN)
+
+prepare: $(READY)  ## tokenise, pack and count the data of RECIPE (a folder or a file), without weights
+	$(BIN)/smol-post prepare $(RECIPE) --run-dir $(RUN) $(ARGS)
 
 $(STAGES): $(READY)
 	$(if $(LAUNCH),PATH="$(CURDIR)/$(BIN):$$PATH" $(LAUNCH) smol_post/$(subst -,_,$@).py,$(BIN)/smol-post $@) \
@@ -45,6 +48,9 @@ check: $(READY)  ## format, lint, types, unit and golden tests
 
 test: $(READY)  ## every test, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+bench: $(READY)  ## measure against the peers; benchmarks/results
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks.run $(ARGS)
 
 format: $(READY)  ## format and fix what ruff can
 	$(BIN)/ruff format .

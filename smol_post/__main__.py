@@ -15,6 +15,8 @@ COMMANDS = {
     **STAGES,
     "evals": "evaluate every whole checkpoint of a run folder",
     "report": "write report.html and report.md of a run folder",
+    "prepare": "tokenise and pack the data of a recipe's runs, and count it; no weights needed",
+    "inspect": "show rows as the trainer gets them, token by token; no weights needed",
     "check": "validate a recipe file or folder, without torch",
 }
 
@@ -65,6 +67,10 @@ def dispatch(command: str, rest: list[str]) -> int:
 
         stage = command.replace("-", "_")
         return runner.stage_command(stage, rest, program=f"smol-post {command}", separate=True)
+    if command in ("prepare", "inspect"):
+        from smol_post import preparation
+
+        return getattr(preparation, command)(rest)
     from smol_post import commands
 
     return getattr(commands, command)(rest)

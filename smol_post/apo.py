@@ -12,7 +12,6 @@ from typing import Any
 
 from smol_post import runner
 from smol_post.config import ApoRecipe
-from smol_post.refusal import Refusal
 
 
 def run(recipe: ApoRecipe, parents: list[runner.Parent], job: runner.Job) -> dict[str, Any]:
@@ -20,37 +19,27 @@ def run(recipe: ApoRecipe, parents: list[runner.Parent], job: runner.Job) -> dic
 
     Raises Refusal where the parent has no chat template and the recipe names none.
     """
-    from smol_post import chat, data, model, training
+    from smol_post import data, model, training, vocabulary
 
     (parent,) = parents
     model.use_threads(recipe.num_threads)
-    arguments = training.trainer_arguments(recipe, run_dir=job.run_dir, num_processes=runner.num_processes())
-    tokenizer = model.load_tokenizer(parent.folder)
-    if recipe.chat_template:
-        tokenizer.chat_template = chat.load_template(recipe.chat_template, folder=job.recipe_file.parent)
-    if not isinstance(tokenizer.chat_template, str):
-        raise Refusal(f"{parent.folder}: its tokenizer has no chat template; set chat_template: smol_post")
-    pairs = data.prepare_pairs(
-        recipe.sources,
-        tokenizer,
-        folder=job.recipe_file.parent,
-        cache_dir=job.run_dir.parent / "cache",
-        max_tokens=recipe.max_tokens,
-        template=tokenizer.chat_template,
-        date_string=recipe.date_string,
-        seed=recipe.seed,
+    place = job.place()
+    arguments = training.trainer_arguments(
+        recipe, run_dir=place["run_dir"], num_processes=place["num_processes"]
     )
-    dataset, ledger = training.whole_batches(pairs, recipe.global_batch_size)
-    job.announce(training.describe(ledger))
+    words = vocabulary.of_run(recipe, vocabulary.load_tokenizer(parent.folder), folder=place["folder"])
+    pairs = data.prepare(recipe, words, folder=place["folder"], cache_dir=place["cache_dir"])
+    job.announce(training.describe(pairs.ledger))
     lm = model.load_model(parent.folder, attn_implementation=recipe.attention)
     training.check_length(recipe, lm)
     reference = None
     if not recipe.trainer.get("precompute_ref_log_probs"):
         reference = model.load_model(parent.folder, attn_implementation=recipe.attention)
     trainer = training.pair_trainer(
-        lm, reference, tokenizer, dataset, arguments=arguments, announce=job.announce
+        lm, reference, words.tokenizer, pairs.dataset, arguments=arguments, announce=job.announce
     )
-    return {"data": ledger, "metrics": training.fit(trainer, tokenizer, run_dir=job.run_dir, ledger=ledger)}
+    metrics = training.fit(trainer, words.tokenizer, run_dir=job.run_dir, ledger=pairs.ledger)
+    return {"data": pairs.ledger, "metrics": metrics}
 
 
 if __name__ == "__main__":

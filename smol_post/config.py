@@ -24,8 +24,20 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=False)
 
 
+# What a row may consist of; any other column is not read.
+COLUMNS = (
+    *("text", "prompt", "completion", "messages", "chosen", "rejected", "chat_template_kwargs"),
+    *("enable_thinking", "tools", "xml_tools", "python_tools", "custom_instructions", "date_string"),
+)
+
+
 class Source(Strict):
-    """Where rows come from: a data set (`path`) or a generator of the package (`generator`)."""
+    """Where rows come from: a data set (`path`) or a generator of the package (`generator`).
+
+    columns: our name -> the data set's, such as {prompt: question, completion: answer}. mode: of rows
+    that do not say. keep_fraction: share of the source's own rows, after a shuffle with `seed`.
+    token_share: share of the mixture's tokens. repeat: how often each row stands in the mixture.
+    """
 
     name: str
     path: str | None = None
@@ -36,7 +48,11 @@ class Source(Strict):
     num_rows: int | None = Field(default=None, gt=0)
     seed: int = 0
     options: dict[str, Any] = {}
+    columns: dict[str, str] = {}
+    mode: Literal["think", "no_think"] | None = None
     keep_fraction: float = Field(default=1.0, gt=0, le=1)
+    token_share: float | None = Field(default=None, gt=0, le=1)
+    repeat: int = Field(default=1, ge=1)
     loss_on: Literal["all", "completion"] | None = None
 
     @model_validator(mode="after")
@@ -47,6 +63,14 @@ class Source(Strict):
             raise ValueError(f"source '{self.name}': a generator needs 'num_rows'")
         if self.path is not None and is_local(self.path) and (self.config or self.revision):
             raise ValueError(f"source '{self.name}': 'config' and 'revision' are for the Hub; remove them")
+        unknown = [name for name in self.columns if name not in COLUMNS]
+        if unknown:
+            raise ValueError(
+                f"source '{self.name}': columns: '{unknown[0]}' is no column we read"
+                + did_you_mean(unknown[0], list(COLUMNS))
+            )
+        if self.generator is not None and self.columns:
+            raise ValueError(f"source '{self.name}': 'columns' goes with 'path' only")
         if self.generator is None and (self.options or self.num_rows is not None):
             raise ValueError(f"source '{self.name}': 'options' and 'num_rows' go with 'generator' only")
         return self
@@ -65,6 +89,9 @@ class Training(Strict):
     attention: Literal["varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "varlen"
     date_string: str = "01 July 2025"
     sources: list[Source] = Field(min_length=1)
+    think_to_no_think: float | None = Field(default=None, gt=0)  # ratio of tokens, by leaving rows out
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    max_row_characters: int = Field(default=10_000_000, gt=0)  # a longer row is a bad row
     trainer: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -80,13 +107,21 @@ class Training(Strict):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"sources: the name '{name}' is used twice; give each source its own")
+        shares = [one.token_share for one in self.sources if one.token_share is not None]
+        if shares and (len(shares) < len(names) or abs(sum(shares) - 1) > 1e-6):
+            raise ValueError(
+                f"sources: token_share: {len(shares)} of {len(names)} sources have one, in all "
+                f"{sum(shares):g}; give every source one, in all 1"
+            )
+        if shares and self.think_to_no_think is not None:
+            raise ValueError("think_to_no_think: the sources have a token_share; give one or the other")
         return self
 
 
 class Packed(Training):
     """Training on packs; `overlong_rows` says what happens to rows longer than a pack."""
 
-    overlong_rows: Literal["drop", "truncate"] = "drop"
+    overlong_rows: Literal["drop", "truncate", "split"] = "drop"
 
     @model_validator(mode="after")
     def _nothing_ignored(self) -> "Packed":

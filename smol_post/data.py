@@ -1,415 +1,368 @@
-"""Sources -> rows -> documents -> packs (or preference pairs) on disk, addressed by what made them.
+"""Sources -> documents -> packs (or preference pairs), addressed by what made them, gathered when read.
 
-    rows  {"text"} | {"prompt", "completion"} | {"messages", ...} | {"prompt", "chosen", "rejected", ...}
-      |  encode: ids and train mask of one document
-      |  pack: pieces of documents, at most max_tokens a pack
+    rows       {"text"} | {"prompt", "completion"} | {"messages", ...} | {"prompt", "chosen", "rejected", ...}
+      |  documents: ids and loss of each row, on disk, one store a source       cache/documents/<key>
+      |  mixture, packing: pieces of documents, at most max_tokens a pack       cache/packs/<key>, no tokens
       v
-    packs {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, 7, -100, 9], "seq_lengths": [3, 2]}
+    packs      {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, 7, -100, 9], "seq_lengths": [3, 2]}
 
 Labels are unshifted (Hugging Face convention); the first token of every piece has no context and is never
 trained.
 """
 
-import fcntl
-import json
-import random
-import shutil
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import resources
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
-import datasets.exceptions
 import datasets.table
 import numpy as np
 import pyarrow as pa
 
-from smol_post import chat, manifest, packing
-from smol_post.config import Source
+from smol_post import manifest, mixture, packing
+from smol_post.config import ApoRecipe, Source, Training
+from smol_post.documents import MODES, Encoder, Store, once, tokenise
+from smol_post.mixture import Pool
 from smol_post.refusal import Refusal
-from smol_post.sources import load_rows, pin
+from smol_post.sources import pin
+from smol_post.vocabulary import Vocabulary
 
 IGNORED = -100
-_TOKEN_CODE = ("sources.py", "chat.py", "packing.py", "data.py", "synthetic.py")
-_BATCH_ROWS = 512
-
-
-@dataclass(frozen=True)
-class Document:
-    """One row as tokens: ids and train mask of shape (num_tokens,), and where it came from."""
-
-    ids: np.ndarray
-    mask: np.ndarray
-    mode: str
-    source: str
+# The source text of what makes tokens, and of what makes packs of them, is part of the address.
+_TOKEN_CODE = ("sources.py", "chat.py", "encoding.py", "documents.py", "synthetic.py")
+_PACK_CODE = ("mixture.py", "packing.py", "data.py")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A data set ready for the trainer, and the ledger of what is in it."""
+    """A data set ready for the trainer, the ledger of what is in it, where it lies, what it is made of.
+
+    The set is cut to whole global batches (the ledger says what is left over, `num_unused`). Else the last
+    step of an epoch would be a smaller one, and with several processes accelerate would repeat packs to fill
+    it: the result would depend on the launch.
+    """
 
     dataset: datasets.Dataset
     ledger: dict[str, Any]
+    path: Path
+    stores: list[Store]
 
 
-def encode_rows(
-    rows: Iterable[tuple[int, Mapping[str, Any]]],
-    tokenizer: Any,
-    *,
-    source: str,
-    loss_on: str,
-    template: str | None,
-    date_string: str,
-    text_end: str,
-) -> Iterator[Document]:
-    """Rows of one source as documents, in order; Refusal with the row's number where one cannot be encoded.
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of several stores as one address space; opened when first read, pickled as paths."""
 
-    A `text` row is trained whole and ends with the token `text_end`; a `prompt`/`completion` row has loss on
-    the completion (on everything with loss_on="all"); a `messages` row on its assistant turns (or
-    everything).
+    paths: tuple[str, ...]
 
-    >>> # {"prompt": "ab", "completion": "c"}, ids a=1 b=2 c=3 end=0  ->  ids [1, 2, 3, 0], mask [0, 0, 1, 1]
-    """
-    end_id = tokenizer.convert_tokens_to_ids(text_end)
-    rows = iter(rows)
-    while batch := list(islice(rows, _BATCH_ROWS)):
-        plain = [row for _, row in batch]
-        try:
-            yield from _encode_batch(plain, tokenizer, source, loss_on, template, date_string, end_id)
-        except ValueError:
-            for number, row in batch:
-                try:
-                    list(_encode_batch([row], tokenizer, source, loss_on, template, date_string, end_id))
-                except ValueError as error:
-                    raise Refusal(
-                        f"source '{source}': row {number}: {error}; mend or remove the row"
-                    ) from None
-            raise
+    @classmethod
+    def of(cls, stores: Sequence[Store]) -> "Tokens":
+        """The tokens of these stores laid end to end."""
+        return cls(tuple(str(store.folder / "tokens.bin") for store in stores))
+
+    @cached_property
+    def _files(self) -> tuple[list[np.ndarray], np.ndarray]:
+        files = [np.memmap(path, np.int32, mode="r") if Path(path).stat().st_size else np.empty(0, np.int32)
+                 for path in self.paths]  # fmt: skip
+        return files, np.cumsum([0, *map(len, files)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The paths alone: a transform is pickled to be fingerprinted, and sent to workers."""
+        return {"paths": self.paths}
+
+    def read(self, address: int, length: int) -> np.ndarray:
+        """(length,) tokens from `address` on, those without loss as complements."""
+        files, bases = self._files
+        at = int(np.searchsorted(bases, address, side="right")) - 1 if len(files) > 1 else 0
+        begin = address - int(bases[at])
+        return files[at][begin : begin + length]
+
+    def mask(self, address: int, length: int) -> np.ndarray:
+        """(length,) whether each token from `address` on carries loss."""
+        return self.read(address, length) >= 0
 
 
-def _encode_batch(
-    rows: list[Mapping[str, Any]],
-    tokenizer: Any,
-    source: str,
-    loss_on: str,
-    template: str | None,
-    date_string: str,
-    end_id: int,
-) -> Iterator[Document]:
-    chats = [row for row in rows if row.get("messages")]
-    encoded = iter(
-        list(
-            chat.encode_chats(
-                chats,
-                tokenizer,
-                date_string=date_string,
-                template=template,
-                loss_on="all" if loss_on == "all" else "assistant",
-            )
-        )
-        if chats
-        else []
-    )
-    ends_turn = tokenizer.convert_ids_to_tokens(end_id) == chat.END_OF_TURN
-    for row in rows:
-        if row.get("messages"):
-            one = next(encoded)
-            ids, mask, mode = one.input_ids, one.train_mask, one.mode
-        else:
-            before, after = _plain(row)
-            if ends_turn:
-                raise ValueError("a text ends with <|im_end|> here; set text_end: the token that ends a text")
-            prompt_ids = tokenizer(before, add_special_tokens=False)["input_ids"] if before else []
-            ids = [*prompt_ids, *tokenizer(after, add_special_tokens=False)["input_ids"], end_id]
-            untrained = 0 if loss_on == "all" else len(prompt_ids)
-            mask, mode = [0] * untrained + [1] * (len(ids) - untrained), "text"
-        yield Document(np.asarray(ids, np.int32), np.asarray(mask, np.int8), mode, source)
+@dataclass(frozen=True)
+class PackReader:
+    """A transform of `datasets`: rows {"address", "length"} -> {"input_ids", "labels", "seq_lengths"}.
 
-
-def _plain(row: Mapping[str, Any]) -> tuple[str, str]:
-    """("", text) or (prompt, completion) of a row without messages."""
-    text, prompt, completion = row.get("text"), row.get("prompt"), row.get("completion")
-    for one in (text, prompt, completion):
-        str(one).encode()  # half a surrogate pair, which no tokenizer takes, is a ValueError here
-    if isinstance(text, str):
-        return "", text
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return prompt, completion
-    raise ValueError(
-        f"found columns {', '.join(map(str, row)) or 'none'}, wanted text, prompt + completion, or messages"
-    )
-
-
-def fit_length(
-    document: Document, *, max_tokens: int, overlong_rows: str
-) -> tuple[Document | None, str | None]:
-    """A document of at most `max_tokens`, or why it was dropped or cut."""
-    if len(document.ids) > max_tokens:
-        if overlong_rows == "drop":
-            return None, "longer than max_tokens"
-        document = Document(
-            document.ids[:max_tokens], document.mask[:max_tokens], document.mode, document.source
-        )
-        return (
-            (document, "truncated")
-            if document.mask[1:].any()
-            else (None, "nothing trained left after truncation")
-        )
-    return (document, None) if document.mask[1:].any() else (None, "nothing trained")
-
-
-def gather(
-    documents: Sequence[Document], packs: Sequence[packing.Pack], *, isolate: bool
-) -> tuple[pa.Table, dict[str, Any]]:
-    """Packs as a table of input_ids, labels, seq_lengths, and the counts of tokens by source and mode.
-
-    Two documents 5 6 7 and 8 9 (masks 0 1 1 and 1 1) in one pack:
+    Pieces -6 6 7 and 8 9 (a complement has no loss):
         input_ids 5 6 7 8 9   labels -100 6 7 -100 9   seq_lengths 3 2   (isolate=False: seq_lengths 5, label
         of 8 trained)
     """
-    ids, labels, lengths = [], [], []
-    counts: Counter[tuple[str, str, str]] = Counter()
-    for pack in packs:
-        pack_ids, pack_labels, pack_lengths = [], [], []
-        for index, start, stop in pack:
-            document = documents[index]
-            piece = document.ids[start:stop]
-            label = np.where(document.mask[start:stop] == 1, piece, IGNORED)
-            if isolate or not pack_ids:
-                label[0] = IGNORED
-            pack_ids.append(piece)
-            pack_labels.append(label)
-            pack_lengths.append(stop - start)
-            for kind, value in (("by_source", document.source), ("by_mode", document.mode)):
-                counts[kind, value, "num_rows"] += start == 0
-                counts[kind, value, "num_tokens"] += stop - start
-                counts[kind, value, "num_trained_tokens"] += int((label != IGNORED).sum())
-        ids.append(np.concatenate(pack_ids))
-        labels.append(np.concatenate(pack_labels))
-        lengths.append(np.asarray(pack_lengths if isolate else [sum(pack_lengths)], np.int32))
-    ledger: dict[str, Any] = {"by_source": {}, "by_mode": {}}
-    for (kind, value, what), number in counts.items():
-        ledger[kind].setdefault(value, {})[what] = int(number)
-    table = pa.table({"input_ids": _lists(ids), "labels": _lists(labels), "seq_lengths": _lists(lengths)})
-    return table, ledger
+
+    tokens: Tokens
+    isolate: bool
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """Gather a batch of packs."""
+        made: dict[str, list[Any]] = {"input_ids": [], "labels": [], "seq_lengths": []}
+        for addresses, lengths in zip(batch["address"], batch["length"], strict=True):
+            stored = np.concatenate(
+                [self.tokens.read(*piece) for piece in zip(addresses, lengths, strict=True)]
+            )
+            stored = stored.astype(np.int64)
+            labels = np.where(stored >= 0, stored, IGNORED)
+            labels[np.cumsum(lengths) - lengths if self.isolate else 0] = IGNORED
+            made["input_ids"].append(stored ^ (stored >> 63))
+            made["labels"].append(labels)
+            made["seq_lengths"].append(list(lengths) if self.isolate else [sum(lengths)])
+        return made
 
 
-def _lists(arrays: Sequence[np.ndarray]) -> pa.Array:
-    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])])
-    values = np.concatenate(arrays).astype(np.int32) if arrays else np.zeros(0, np.int32)
-    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
+@dataclass(frozen=True)
+class PairReader:
+    """A transform of `datasets`: {"address", "prompt", "chosen", "rejected"} -> token ids of the three.
 
-
-def prepare_packs(
-    sources: Sequence[Source],
-    tokenizer: Any,
-    *,
-    folder: Path,
-    cache_dir: Path,
-    max_tokens: int,
-    packing_strategy: str,
-    loss_on: str,
-    overlong_rows: str,
-    template: str | None,
-    date_string: str,
-    text_end: str,
-    seed: int,
-) -> Prepared:
-    """Sources as packs of at most `max_tokens`, from the cache where nothing that made them has changed.
-
-    `packing_strategy`: "bfd" (whole documents, best-fit decreasing over the whole set), "wrapped" (the stream
-    cut every max_tokens, each piece isolated) or "wrapped_cross_document" (the same, attention and positions
-    run across documents, as TRL's `wrapped`). Documents are shuffled with `seed` before packing. Raises
-    Refusal where no document is left.
+    The last three are lengths; the pair lies at `address` as prompt + chosen, prompt + rejected. Other
+    columns (log-probabilities of the reference) are passed on.
     """
+
+    tokens: Tokens
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """Gather a batch of pairs."""
+        names = ("address", "prompt", "chosen", "rejected")
+        made: dict[str, list[Any]] = {key: values for key, values in batch.items() if key not in names}
+        made |= {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+        for address, prompt, chosen, rejected in zip(*(batch[name] for name in names), strict=True):
+            stored = self.tokens.read(address, 2 * prompt + chosen + rejected)
+            ids = (stored ^ (stored >> 31)).tolist()
+            made["prompt_ids"].append(ids[:prompt])
+            made["chosen_ids"].append(ids[prompt : prompt + chosen])
+            made["rejected_ids"].append(ids[2 * prompt + chosen :])
+        return made
+
+
+def prepare(
+    recipe: Training, words: Vocabulary, *, folder: Path, cache_dir: Path, num_workers: int = 1
+) -> Prepared:
+    """The sources of a recipe as packs (or pairs), from the cache where nothing that made them has changed.
+
+    packing: "bfd" (best-fit decreasing over the whole set; longer rows as overlong_rows says), "wrapped" (the
+    stream cut every max_tokens, each piece isolated) or "wrapped_cross_document" (the same, attention and
+    positions run across documents, as TRL's `wrapped`). Documents and then packs are shuffled with the seed.
+    A pair whose longer side exceeds max_tokens is dropped and counted. Raises Refusal where a row is bad, no
+    document is left, or there is not one whole batch.
+    """
+    started = time.monotonic()
+    pairs = isinstance(recipe, ApoRecipe)
+    made = [
+        _documents(source, recipe, words, folder=folder, cache_dir=cache_dir, num_workers=num_workers)
+        for source in recipe.sources
+    ]
+    stores = [Store(path) for path, _ in made]
+    names = [source.name for source in recipe.sources]
     shape = {
-        "max_tokens": max_tokens,
-        "packing": packing_strategy,
-        "loss_on": loss_on,
-        "overlong_rows": overlong_rows,
-        "text_end": text_end,
+        "documents": [path.name for path, _ in made],
+        "sources": [[one.name, one.repeat, one.token_share] for one in recipe.sources],
+        "max_tokens": recipe.max_tokens,
+        "packing": "pairs" if pairs else getattr(recipe, "packing", "bfd"),
+        "overlong_rows": getattr(recipe, "overlong_rows", "drop"),
+        "think_to_no_think": recipe.think_to_no_think,
+        "seed": recipe.seed,
+        "code": _code(_PACK_CODE),
     }
+    key = manifest.digest_tree(shape)
+    tokens = Tokens.of(stores)
 
-    sources, origins = pin(sources, folder)
-
-    def build() -> tuple[pa.Table, dict[str, Any]]:
-        documents: list[Document] = []
-        dropped: Counter[str] = Counter()
-        for source in sources:
-            rows = load_rows(source, folder=folder)
-            for document in encode_rows(
-                rows,
-                tokenizer,
-                source=source.name,
-                loss_on="completion" if loss_on != "all" else source.loss_on or loss_on,
-                template=template,
-                date_string=date_string,
-                text_end=text_end,
-            ):
-                fits, reason = document, None
-                if packing_strategy == "bfd":
-                    fits, reason = fit_length(document, max_tokens=max_tokens, overlong_rows=overlong_rows)
-                if reason:
-                    dropped[reason] += 1
-                if fits is not None:
-                    documents.append(fits)
-        if not documents:
-            raise Refusal(_empty(sources, dropped))
-        random.Random(seed).shuffle(documents)
-        lengths = [len(document.ids) for document in documents]
-        pack = packing.best_fit_decreasing if packing_strategy == "bfd" else packing.wrapped
-        packs = pack(lengths, max_tokens)
-        random.Random(seed).shuffle(packs)  # whoever takes the first n packs takes a sample
-        table, counts = gather(documents, packs, isolate=packing_strategy != "wrapped_cross_document")
-        return table, {
-            "num_documents": len(documents),
-            "num_packs": len(packs),
-            "num_tokens": sum(lengths),
-            "num_trained_tokens": sum(one["num_trained_tokens"] for one in counts["by_mode"].values()),
-            "utilisation": round(packing.utilisation(packs, max_tokens), 4),
-            "num_truncated_rows": dropped.pop("truncated", 0),
-            "num_dropped_rows": sum(dropped.values()),
-            "dropped": dict(dropped),
-            **counts,
+    def build(target: Path) -> None:
+        table, counts = (_pair_index if pairs else _pack_index)(recipe, stores, tokens)
+        ledger = {"fingerprint": key, **_ledger(counts, stores, names)}
+        ledger["num_pairs" if pairs else "num_packs"] = number = len(table)
+        if not ledger["num_documents"]:
+            raise Refusal(_empty(names, ledger, num_found=sum(len(store.records) for store in stores)))
+        if not pairs:
+            ledger["utilisation"] = round(ledger["num_tokens"] / (number * recipe.max_tokens), 4)
+        ledger["revisions"] = {
+            name: origin for name, (_, origin) in zip(names, made, strict=True) if origin is not None
         }
+        datasets.Dataset(datasets.table.InMemoryTable(table)).save_to_disk(target)
+        ledger["seconds"] = round(time.monotonic() - started, 2)
+        manifest.write_json(target / "ledger.json", ledger)
 
-    return _cached(build, sources, origins, tokenizer, shape, folder, cache_dir, template, date_string, seed)
+    path = once(cache_dir / "packs", key, build)
+    index = datasets.load_from_disk(path)
+    assert isinstance(index, datasets.Dataset)
+    isolate = getattr(recipe, "packing", "bfd") != "wrapped_cross_document"
+    reader = PairReader(tokens) if pairs else PackReader(tokens, isolate)
+    updates, unused = divmod(len(index), recipe.global_batch_size)
+    if not updates:
+        raise Refusal(
+            f"global_batch_size: found {recipe.global_batch_size}, wanted at most {len(index)}, the number "
+            f"of {'pairs' if pairs else 'packs'}; lower it"
+        )
+    ledger = manifest.read_json(path / "ledger.json") | {"num_unused": unused, "updates_per_epoch": updates}
+    whole = index.select(range(len(index) - unused)).with_transform(reader)
+    return Prepared(whole, ledger, path, stores)
 
 
-def prepare_pairs(
-    sources: Sequence[Source],
-    tokenizer: Any,
+def _documents(
+    source: Source,
+    recipe: Training,
+    words: Vocabulary,
     *,
     folder: Path,
     cache_dir: Path,
-    max_tokens: int,
-    template: str | None,
-    date_string: str,
-    seed: int,
-) -> Prepared:
-    """Preference rows as prompt_ids, chosen_ids, rejected_ids (both end with `<|im_end|>`, neither is cut).
-
-    A pair whose longer side exceeds `max_tokens` is dropped and counted. Raises Refusal with the row's number
-    where a pair cannot be encoded, or where none is left.
-    """
-
-    sources, origins = pin(sources, folder)
-
-    def build() -> tuple[pa.Table, dict[str, Any]]:
-        pairs: list[tuple[chat.EncodedPair, str]] = []
-        dropped: Counter[str] = Counter()
-        for source in sources:
-            for number, row in load_rows(source, folder=folder):
-                try:
-                    pair = chat.encode_pair(row, tokenizer, date_string=date_string, template=template)
-                except ValueError as error:
-                    raise Refusal(
-                        f"source '{source.name}': row {number}: {error}; mend or remove the row"
-                    ) from None
-                if len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) > max_tokens:
-                    dropped["longer than max_tokens"] += 1
-                else:
-                    pairs.append((pair, source.name))
-        if not pairs:
-            raise Refusal(_empty(sources, dropped))
-        random.Random(seed).shuffle(pairs)
-        counts: dict[str, Any] = {"by_source": {}, "by_mode": {}}
-        for pair, name in pairs:
-            trained = len(pair.chosen_ids) + len(pair.rejected_ids)
-            for kind, value in (("by_source", name), ("by_mode", pair.mode)):
-                one = counts[kind].setdefault(
-                    value, {"num_rows": 0, "num_tokens": 0, "num_trained_tokens": 0}
-                )
-                one["num_rows"] += 1
-                one["num_tokens"] += 2 * len(pair.prompt_ids) + trained
-                one["num_trained_tokens"] += trained
-        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-        table = pa.table(
-            {
-                column: _lists([np.asarray(getattr(pair, column), np.int32) for pair, _ in pairs])
-                for column in columns
-            }
-        )
-        totals = {
-            key: sum(one[key] for one in counts["by_mode"].values())
-            for key in ("num_tokens", "num_trained_tokens")
-        }
-        return table, {
-            "num_documents": len(pairs),
-            "num_pairs": len(pairs),
-            **totals,
-            "num_dropped_rows": sum(dropped.values()),
-            "dropped": dict(dropped),
-            **counts,
-        }
-
-    return _cached(
-        build,
-        sources,
-        origins,
-        tokenizer,
-        {"max_tokens": max_tokens},
-        folder,
-        cache_dir,
-        template,
-        date_string,
-        seed,
+    num_workers: int,
+) -> tuple[Path, Any]:
+    """The tokenised documents of one source: where they lie, and what the rows come from."""
+    loss_on = getattr(recipe, "loss_on", "completion")
+    encoder = Encoder(
+        tokenizer=words.tokenizer,
+        template=words.template,
+        date_string=recipe.date_string,
+        text_end=words.text_end,
+        loss_on="completion" if loss_on != "all" else source.loss_on or loss_on,
+        mode=source.mode,
+        columns=source.columns,
+        max_row_characters=recipe.max_row_characters,
+        pairs=isinstance(recipe, ApoRecipe),
     )
-
-
-def _empty(sources: Sequence[Source], dropped: Mapping[str, int]) -> str:
-    names = ", ".join(f"'{source.name}'" for source in sources)
-    why = "; ".join(
-        f"{number} rows dropped: {reason}" for reason, number in dropped.items() if reason != "truncated"
+    pinned, origin = pin(source, folder)
+    reading = pinned.model_dump(
+        exclude={"name", "path", "repeat", "token_share", "loss_on", "mode", "columns"}
     )
-    return f"sources {names}: no rows left to train on ({why or 'empty sources'}); check them and max_tokens"
-
-
-def _cached(
-    build: Any,
-    sources: Sequence[Source],
-    origins: Sequence[Any],
-    tokenizer: Any,
-    shape: Mapping[str, Any],
-    folder: Path,
-    cache_dir: Path,
-    template: str | None,
-    date_string: str,
-    seed: int,
-) -> Prepared:
-    """The prepared set from `cache_dir/<fingerprint>`, built once; other processes wait."""
+    named = source.path if isinstance(origin, str) else Path(source.path or "").suffix  # files: by content
     key = manifest.digest_tree(
         {
-            "sources": [source.model_dump() for source in sources],
-            "origins": origins,
-            "tokenizer": manifest.digest_text(tokenizer.backend_tokenizer.to_str()),
-            "template": template,
-            "date_string": date_string,
-            "seed": seed,
-            "shape": dict(shape),
-            "code": [resources.files("smol_post").joinpath(name).read_text() for name in _TOKEN_CODE],
+            "source": {**reading, "path": named},
+            "origin": origin,
+            "encoder": encoder.identity(),
+            "on_bad_rows": recipe.on_bad_rows,
+            "code": _code(_TOKEN_CODE),
         }
     )
-    target = cache_dir / key.removeprefix("sha256:")[:24]
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with (cache_dir / f"{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.is_dir():
-            started = time.monotonic()
-            table, ledger = build()
-            half = target.with_suffix(".half")
-            shutil.rmtree(half, ignore_errors=True)
-            datasets.Dataset(datasets.table.InMemoryTable(table)).save_to_disk(half)
-            seconds = round(time.monotonic() - started, 2)
-            revisions = {one.name: origin for one, origin in zip(sources, origins, strict=True) if origin}
-            ledger = {"fingerprint": key, **ledger, "revisions": revisions, "seconds": seconds}
-            manifest.write_json(half / "ledger.json", ledger)
-            half.rename(target)
-    loaded = datasets.load_from_disk(target)
-    assert isinstance(loaded, datasets.Dataset)
-    return Prepared(loaded, json.loads((target / "ledger.json").read_text()))
+
+    def build(target: Path) -> None:
+        tokenise(pinned, encoder, folder=folder, target=target, on_bad_rows=recipe.on_bad_rows,
+                 num_workers=num_workers)  # fmt: skip
+
+    return once(cache_dir / "documents", key, build), origin
+
+
+def _code(names: Sequence[str]) -> list[str]:
+    return [resources.files("smol_post").joinpath(name).read_text() for name in names]
+
+
+def _mixed(recipe: Training, pool: Pool) -> Pool:
+    """The documents (or pairs) of the mixture, before anything is fitted into packs."""
+    sources = recipe.sources
+    pool = mixture.repeated(pool, [source.repeat for source in sources])
+    shares = [source.token_share for source in sources if source.token_share is not None]
+    if shares:
+        pool = mixture.with_shares(pool, shares, seed=recipe.seed)
+    if recipe.think_to_no_think is not None:
+        pool = mixture.with_ratio(pool, recipe.think_to_no_think, seed=recipe.seed)
+    return pool
+
+
+# Numbers of the pieces of a pool, by what they count: {"num_tokens": (pool, (num_pieces,) array), ...}
+Counts = dict[str, tuple[Pool, np.ndarray]]
+
+
+def _pack_index(recipe: Training, stores: Sequence[Store], tokens: Tokens) -> tuple[pa.Table, Counts]:
+    """Addresses and lengths of the pieces of every pack, and what there is to count."""
+    strategy, max_tokens = getattr(recipe, "packing", "bfd"), recipe.max_tokens
+    overlong = getattr(recipe, "overlong_rows", "drop") if strategy == "bfd" else "wrap"
+    pool, lost = mixture.fitted(
+        _mixed(recipe, Pool.of(stores)), max_tokens=max_tokens, overlong_rows=overlong, mask_of=tokens.mask
+    )
+    pool = pool.take(np.random.default_rng(recipe.seed).permutation(len(pool)))
+    pack = packing.best_fit_decreasing if strategy == "bfd" else packing.wrapped
+    packs = pack(pool.length, max_tokens).shuffled(recipe.seed)
+    pieces = pool.take(packs.document)
+    trained, first = mixture.trained_tokens(pieces, packs.start, packs.stop, tokens.mask)
+    if strategy == "wrapped_cross_document":
+        inside = np.ones(len(first), bool)
+        inside[packs.bounds[:-1]] = False
+        trained = trained + (first & inside)
+    table = {"address": pieces.address + packs.start, "length": packs.lengths}
+    counts: Counts = {
+        "num_documents": (pieces, packs.start == 0),
+        "num_tokens": (pieces, packs.lengths),
+        "num_trained_tokens": (pieces, trained),
+        **{kind: (one, np.ones(len(one))) for kind, one in lost.items()},
+    }
+    return pa.table({key: _lists(values, packs.bounds) for key, values in table.items()}), counts
+
+
+def _pair_index(recipe: Training, stores: Sequence[Store], tokens: Tokens) -> tuple[pa.Table, Counts]:
+    """Address and lengths of every pair, and what there is to count (the prompt of a pair twice)."""
+    sides = Pool.of(stores)
+    chosen, rejected = sides.take(np.arange(0, len(sides), 2)), sides.take(np.arange(1, len(sides), 2))
+    pairs = replace(
+        chosen, length=chosen.length + rejected.length, num_trained=chosen.num_trained + rejected.num_trained
+    )
+    pool = _mixed(recipe, pairs)
+    pool = pool.take(np.random.default_rng(recipe.seed).permutation(len(pool)))
+    number = np.searchsorted(chosen.address, pool.address)
+    long = np.maximum(chosen.length, rejected.length)[number] > recipe.max_tokens
+    dropped, pool, number = pool.take(long), pool.take(~long), number[~long]
+    answers = {"chosen": chosen.num_trained[number], "rejected": rejected.num_trained[number]}
+    prompt = chosen.length[number] - answers["chosen"]
+    counts: Counts = {
+        "num_documents": (pool, np.ones(len(pool))),
+        "num_tokens": (pool, pool.length),
+        "num_trained_tokens": (pool, pool.num_trained),
+        "longer than max_tokens": (dropped, np.ones(len(dropped))),
+    }
+    return pa.table({"address": pool.address, "prompt": prompt, **answers}), counts
+
+
+_NUMBERS = ("num_documents", "num_tokens", "num_trained_tokens", "num_truncated_rows", "num_turns_cut",
+            "num_split_rows", "num_dropped_rows", "num_skipped_rows")  # fmt: skip
+# What the ledger calls the documents of which something is lost; every other kind is a reason to drop one.
+_LOST = {"truncated": "num_truncated_rows", "turn cut": "num_turns_cut", "split": "num_split_rows"}
+
+
+def _ledger(counts: Counts, stores: Sequence[Store], names: Sequence[str]) -> dict[str, Any]:
+    """Totals, reasons, and the same numbers by source and by mode; every number is always there."""
+    by_source, by_mode = ({name: _nothing() for name in group} for group in (names, MODES))
+    for kind, (pool, numbers) in counts.items():
+        key = kind if kind in _NUMBERS else _LOST.get(kind, "num_dropped_rows")
+        for group, column in ((by_source, pool.source), (by_mode, pool.mode)):
+            sums = np.bincount(column, weights=numbers, minlength=len(group))
+            for one, number in zip(group.values(), map(int, sums.tolist()), strict=True):
+                one[key] += number
+                if key == "num_dropped_rows" and number:
+                    one["dropped"][kind] = number
+    skipped = {}
+    for name, store in zip(names, stores, strict=True):
+        found = store.ledger["skipped"]
+        by_source[name] |= {
+            "num_rows": store.ledger["num_rows"],
+            "num_skipped_rows": sum(found.values()),
+            "seconds": store.ledger["seconds"],
+        }
+        for kind, number in found.items():
+            example = store.ledger["skipped_examples"][kind]
+            skipped[f"{name}: {kind}"] = {"num_rows": number, "example": example}
+    reasons = sorted({kind for one in by_source.values() for kind in one["dropped"]})
+    return {
+        **{key: sum(one[key] for one in by_source.values()) for key in ("num_rows", *_NUMBERS)},
+        "dropped": {kind: sum(one["dropped"].get(kind, 0) for one in by_source.values()) for kind in reasons},
+        "skipped": skipped,
+        "by_source": by_source,
+        "by_mode": {name: one for name, one in by_mode.items() if any(one.values())},
+    }
+
+
+def _nothing() -> dict[str, Any]:
+    return {**dict.fromkeys(_NUMBERS, 0), "dropped": {}}
+
+
+def _lists(values: np.ndarray, bounds: np.ndarray) -> pa.Array:
+    return pa.LargeListArray.from_arrays(pa.array(bounds, pa.int64()), pa.array(values, pa.int64()))
+
+
+def _empty(names: Sequence[str], ledger: Mapping[str, Any], *, num_found: int) -> str:
+    why = [f"{number} rows dropped: {reason}" for reason, number in ledger["dropped"].items()]
+    why += [f"{one['num_rows']} rows skipped: {kind}" for kind, one in ledger["skipped"].items()]
+    if not why:
+        why = ["left out by token_share or think_to_no_think" if num_found else "empty"]
+    sources = ", ".join(f"'{name}'" for name in names)
+    return f"sources {sources}: no rows left to train on ({'; '.join(why)}); check sources and max_tokens"

@@ -67,10 +67,10 @@ def evaluate(folder: Path, recipe: EvalsRecipe) -> tuple[dict[str, Any], list[di
     """All metrics of one checkpoint, and transcripts; what it cannot do (no modes) is absent, not zero."""
     import torch
 
-    from smol_post import model, scoring
+    from smol_post import model, scoring, vocabulary
 
     model.use_threads(recipe.num_threads)
-    tokenizer = model.load_tokenizer(folder)
+    tokenizer = vocabulary.load_tokenizer(folder)
     lm = model.load_model(folder, attn_implementation="sdpa").eval()
     if torch.accelerator.is_available():
         lm.to(torch.accelerator.current_accelerator())  # pyright: ignore[reportArgumentType]

@@ -33,6 +33,17 @@ def checkpoint(path: str) -> Path:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=CHECKPOINT_FILES))
 
 
+def tokenizer(path: str) -> Path:
+    """What a tokenizer needs of `org/name@revision`, as a local folder."""
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = path.partition("@")
+    with refusing(f"parent {path}"):
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=CHECKPOINT_FILES[1:])
+        )
+
+
 def dataset_revision(path: str, *, revision: str | None, source: str) -> str:
     """The commit that a Hub data set stands at."""
     from huggingface_hub import HfApi

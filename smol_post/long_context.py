@@ -19,24 +19,18 @@ def run(recipe: LongContextRecipe, parents: list[runner.Parent], job: runner.Job
     The checkpoint's max_position_embeddings becomes `max_tokens`; live RoPE frequencies are held against
     theta.
     """
-    from smol_post import chat, model, training
+    from smol_post import model, training, vocabulary
 
     (parent,) = parents
-    tokenizer = model.load_tokenizer(parent.folder)
+    words = vocabulary.of_run(recipe, vocabulary.load_tokenizer(parent.folder), folder=job.recipe_file.parent)
     lm = model.load_model(
         parent.folder,
         attn_implementation=recipe.attention,
         rope_theta=recipe.rope_theta,
         max_position_embeddings=recipe.max_tokens,
     )
-    model.add_tokens(lm, tokenizer, recipe.add_tokens)
-    template = (
-        chat.load_template(recipe.chat_template, folder=job.recipe_file.parent)
-        if recipe.chat_template
-        else None
-    )
-    text_end = recipe.text_end or str(tokenizer.eos_token)
-    return training.train_on_packs(recipe, lm, tokenizer, template=template, text_end=text_end, **job.place())
+    model.embed_new(lm, words.new_ids)
+    return training.train_on_packs(recipe, lm, words, **job.place())
 
 
 if __name__ == "__main__":

@@ -78,18 +78,18 @@ def run(recipe: MergeRecipe, parents: list[runner.Parent], job: runner.Job) -> d
 
 def check_alike(folders: Sequence[Path], names: Sequence[str]) -> None:
     """All parents have one architecture, vocabulary and RoPE; Refusal with key and both values otherwise."""
-    from smol_post import model
+    from smol_post import model, vocabulary
 
     first, *others = [model.load_config(folder).to_dict() for folder in folders]
-    vocabularies = [model.load_tokenizer(folder).get_vocab() for folder in folders]
-    for name, other, vocabulary in zip(names[1:], others, vocabularies[1:], strict=True):
+    tokens = [vocabulary.load_tokenizer(folder).get_vocab() for folder in folders]
+    for name, other, vocab in zip(names[1:], others, tokens[1:], strict=True):
         for key in _SAME:
             if first.get(key) != other.get(key):
                 raise Refusal(
                     f"{key}: {names[0]} has {first.get(key)}, {name} has {other.get(key)}; "
                     "a merge wants checkpoints of one model"
                 )
-        if vocabulary != vocabularies[0]:
+        if vocab != tokens[0]:
             raise Refusal(
                 f"{names[0]} and {name} have different tokenizers; add tokens in the chain's first run only"
             )

@@ -1,4 +1,4 @@
-"""Load and save weights and tokenizer; RoPE theta; new tokens. The only caller of `from_pretrained`.
+"""Load, build and check weights; RoPE theta; rows for new tokens. The only loader of models.
 
 RoPE frequencies are computed when a model is built, so theta is set in the configuration before that and then
 checked on the live model: editing `model.config` afterwards would train with the old theta and save the new
@@ -7,17 +7,14 @@ one.
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    AddedToken,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -27,6 +24,7 @@ from transformers.utils import logging
 
 from smol_post import attention
 from smol_post.refusal import Refusal
+from smol_post.vocabulary import token_id
 
 logging.disable_progress_bar()  # of transformers; progress is ours to show
 if not torch.cuda.is_available():  # else DeepSpeed looks for a GPU and says so at every start
@@ -131,50 +129,19 @@ def check_rope(model: PreTrainedModel) -> None:
                 )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in a checkpoint; Refusal where there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise Refusal(
-            f"{folder}: no loadable tokenizer ({str(error).splitlines()[0]}); save one there"
-        ) from None
-
-
-def require_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Refusal where a chat template writes special tokens that the vocabulary lacks as single tokens."""
-    wanted = set(re.findall(r"<\|\w+\|>|</?think>", template))
-    if lacking := sorted(wanted - tokenizer.get_vocab().keys()):
-        raise Refusal(
-            f"the vocabulary lacks {', '.join(lacking)}, which the chat template writes; "
-            "add them in the first run of the chain (add_tokens: [...])"
-        )
-
-
-def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    """The id of one token of the vocabulary."""
-    return tokenizer.get_vocab()[token]
-
-
-def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
-    """Add special tokens, each embedding row set to the mean of the old rows (in place; tied heads follow).
+def embed_new(model: PreTrainedModel, new_ids: list[int]) -> None:
+    """Give tokens that the parent lacked the mean of its embedding rows (in place; a tied head follows).
 
     Source: "Vocabulary expansion" (Hewitt, 2021): the mean keeps the new token's logit from dominating.
     """
-    new = [token for token in tokens if token not in tokenizer.get_vocab()]
-    if not new:
+    if not new_ids:
         return
-    added: list[str | AddedToken] = [
-        AddedToken(token, special=token.startswith("<|"), normalized=False) for token in new
-    ]
-    tokenizer.add_tokens(added)
-    ids = [token_id(tokenizer, token) for token in new]
     old_rows = _embedding_weights(model)[0].shape[0]
-    if max(ids) >= old_rows:
-        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    if max(new_ids) >= old_rows:
+        model.resize_token_embeddings(max(new_ids) + 1, mean_resizing=False)
     with torch.no_grad():
         for weight in _embedding_weights(model):
-            weight[ids] = weight[:old_rows].mean(0)
+            weight[new_ids] = weight[:old_rows].mean(0)
 
 
 def _embedding_weights(model: PreTrainedModel) -> list[torch.Tensor]:
@@ -184,14 +151,11 @@ def _embedding_weights(model: PreTrainedModel) -> list[torch.Tensor]:
     return weights[:1] if len(weights) == 2 and weights[0] is weights[1] else weights
 
 
-def set_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Make the checkpoint a chat model: its template saved, `<|im_end|>` ends turns and generation."""
-    require_tokens(tokenizer, template)
-    end = token_id(tokenizer, "<|im_end|>")
+def set_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the checkpoint a chat model: `<|im_end|>`, its tokenizer's eos, ends turns and generation."""
+    end = token_id(tokenizer, str(tokenizer.eos_token))
     ends = [end, *_as_list(model.generation_config.eos_token_id if model.generation_config else None)]
     ends += _as_list(model.config.eos_token_id)
-    tokenizer.chat_template = template
-    tokenizer.eos_token = "<|im_end|>"
     model.config.eos_token_id = end
     if tokenizer.pad_token_id is not None:
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -13,6 +13,8 @@ from typing import Any
 from smol_post import chat, config, hub, manifest, synthetic
 from smol_post.refusal import Refusal, did_you_mean
 
+CACHE = "cache"  # of prepared data, beside the runs that use it
+
 
 @dataclass(frozen=True)
 class Parent:
@@ -43,6 +45,7 @@ class Job:
         return {
             "folder": self.recipe_file.parent,
             "run_dir": self.run_dir,
+            "cache_dir": self.run_dir.parent / CACHE,
             "num_processes": num_processes(),
             "announce": self.announce,
         }

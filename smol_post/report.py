@@ -141,13 +141,13 @@ def work_table(runs: list[Point]) -> Table:
 
 
 def ledger_table(runs: list[Point], kind: str) -> Table:
-    """Rows and tokens of each run by source or by mode."""
+    """Documents and tokens of each run by source or by mode."""
     rows = []
     for run in runs:
         for position, (name, counts) in enumerate((run.counts().get(f"by_{kind}") or {}).items()):
-            values = map(counts.get, ("num_rows", "num_tokens", "num_trained_tokens"))
+            values = map(counts.get, ("num_documents", "num_tokens", "num_trained_tokens"))
             rows.append([Cell("" if position else run.name), Cell(name), *map(Cell, map(number, values))])
-    return Table(["run", kind, "rows", "tokens", "trained tokens"], rows, num_text_columns=2)
+    return Table(["run", kind, "documents", "tokens", "trained tokens"], rows, num_text_columns=2)
 
 
 def origin_tables(runs: list[Point]) -> dict[str, Table]:

@@ -15,17 +15,15 @@ from smol_post.config import SftRecipe
 
 def run(recipe: SftRecipe, parents: list[runner.Parent], job: runner.Job) -> dict[str, Any]:
     """Train the parent on chats in both modes; returns the data ledger (by mode) and metrics."""
-    from smol_post import chat, model, training
+    from smol_post import model, training, vocabulary
 
     (parent,) = parents
-    tokenizer = model.load_tokenizer(parent.folder)
-    text_end = recipe.text_end or str(tokenizer.eos_token)
+    words = vocabulary.of_run(recipe, vocabulary.load_tokenizer(parent.folder), folder=job.recipe_file.parent)
     lm = model.load_model(parent.folder, attn_implementation=recipe.attention)
     training.check_length(recipe, lm)
-    model.add_tokens(lm, tokenizer, recipe.add_tokens)
-    template = chat.load_template(recipe.chat_template, folder=job.recipe_file.parent)
-    model.set_chat(lm, tokenizer, template)
-    return training.train_on_packs(recipe, lm, tokenizer, template=template, text_end=text_end, **job.place())
+    model.embed_new(lm, words.new_ids)
+    model.set_chat(lm, words.tokenizer)
+    return training.train_on_packs(recipe, lm, words, **job.place())
 
 
 if __name__ == "__main__":

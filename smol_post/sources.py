@@ -1,144 +1,212 @@
-"""Sources -> rows: a generator of the package, JSON(L), Parquet, a folder of `datasets`, or a Hub data set.
+"""Sources -> raw rows: a generator of the package, JSON(L), Parquet, a folder of `datasets`, a Hub data set.
 
-{"path": "rows.jsonl.gz", "keep_fraction": 0.5}  ->  (17, {"messages": [...]}), (3, {...}), ...
+    {"path": "rows.jsonl.gz", "keep_fraction": 0.5}  ->  Raw(3, b'{"messages": ...}', 0.4), Raw(17, ...), ...
+
+Rows are read one after another, whatever the size of the set (only a .json list is read at once).
 """
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import datasets.exceptions
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from smol_post import hub, manifest, synthetic
-from smol_post.config import Source, is_local, local_path
+from smol_post.config import COLUMNS, Source, is_local, local_path
 from smol_post.refusal import Refusal
 
+_BATCH_ROWS = 512
 datasets.disable_progress_bars()
 
 
-def load_rows(source: Source, *, folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a source with their numbers, counted from 1 in the file.
+class Raw(NamedTuple):
+    """A row as found: its number in the source, from 1; a line of JSON or a dict; the share read so far."""
 
-    `keep_fraction` shuffles with the source's seed and keeps the first int(n * fraction) rows. Raises Refusal
-    for a missing file, a line that is not JSON (with its number), an unknown data set or split.
+    number: int
+    content: bytes | Mapping[str, Any]
+    done: float
+
+
+def read_rows(source: Source, *, folder: Path) -> Iterator[Raw]:
+    """The rows of a source in order; with `keep_fraction`, those among the first of a shuffle with its seed.
+
+    Raises Refusal for a missing file or column, a damaged file, an unknown data set or split.
     """
     if source.generator is not None:
-        made = _generated(source)
-        return ((index + 1, made[index]) for index in _kept(len(made), source))
+        assert source.num_rows is not None
+        return _kept(_numbered(_generated(source), source.num_rows), source.num_rows, source)
     assert source.path is not None
     path = local_path(source.path, folder)
-    if is_local(source.path) and path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz", ".json")):
-        numbered = list(_json_rows(path))
-        return (numbered[index] for index in _kept(len(numbered), source))
-    table = _table(source, path)
-    return ((index + 1, table[index]) for index in _kept(len(table), source))
+    if not is_local(source.path) or path.is_dir():
+        table = _table(source, path)
+        return _kept(_numbered(_plain(table, source), len(table)), len(table), source)
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        number = sum(1 for _ in _lines(path)) if source.keep_fraction < 1 else 0
+        return _kept(_lines(path), number, source)
+    if path.suffix == ".json":
+        rows = _json_list(path)
+        return _kept(_numbered(rows, len(rows)), len(rows), source)
+    if path.suffix == ".parquet":
+        try:
+            file = pq.ParquetFile(path)
+        except (OSError, pa.ArrowException) as error:
+            raise _unreadable(source, error) from None
+        number = file.metadata.num_rows
+        return _kept(_numbered(_parquet(file, source), number), number, source)
+    raise Refusal(
+        f"source '{source.name}': {source.path}: wanted .json, .jsonl, .jsonl.gz, .parquet or a folder saved "
+        "by datasets"
+    )
 
 
-def _kept(num_rows: int, source: Source) -> list[int]:
-    """The rows that `keep_fraction` keeps: all, or the first int(n * fraction) of `Dataset.shuffle(seed)`."""
+def parse_row(content: bytes | Mapping[str, Any], *, columns: Mapping[str, str]) -> dict[str, Any]:
+    """A raw row under our column names; ValueError where it is no JSON object or lacks a named column.
+
+    >>> parse_row(b'{"question": "2+3?", "answer": "5"}', columns={"prompt": "question"})
+    {'prompt': '2+3?'}
+    """
+    try:
+        row = json.loads(content.decode()) if isinstance(content, bytes) else content
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(row, Mapping):
+        raise ValueError(f"found {type(row).__name__}, wanted an object")
+    if not columns:
+        return dict(row)
+    for theirs in columns.values():
+        if theirs not in row:
+            raise ValueError(f"columns: found {', '.join(map(str, row)) or 'none'}, wanted '{theirs}'")
+    return {ours: row[theirs] for ours, theirs in columns.items()}
+
+
+def _kept(rows: Iterable[Raw], number: int, source: Source) -> Iterator[Raw]:
+    """All rows, or those that `Dataset.shuffle(seed)` of this number of rows puts first, in their order."""
     if source.keep_fraction == 1:
-        return list(range(num_rows))
-    order = np.random.default_rng(source.seed).permutation(num_rows)
-    return order[: int(round(num_rows * source.keep_fraction, 6))].tolist()
+        return iter(rows)
+    kept = np.zeros(number, bool)
+    order = np.random.default_rng(source.seed).permutation(number)
+    kept[order[: int(round(number * source.keep_fraction, 6))]] = True
+    return (row for row, keep in zip(rows, kept, strict=True) if keep)
 
 
-def _generated(source: Source) -> list[dict[str, Any]]:
+def _numbered(rows: Iterable[Mapping[str, Any]], number: int) -> Iterator[Raw]:
+    return (Raw(at, row, at / number) for at, row in enumerate(rows, 1))
+
+
+def _generated(source: Source) -> Iterator[dict[str, Any]]:
     assert source.generator is not None
     assert source.num_rows is not None
     try:
-        return list(
-            synthetic.generate(source.generator, num_rows=source.num_rows, seed=source.seed, **source.options)
+        yield from synthetic.generate(
+            source.generator, num_rows=source.num_rows, seed=source.seed, **source.options
         )
     except ValueError as error:
         raise Refusal(f"source '{source.name}': {error}") from None
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as stream:
-        if path.suffix == ".json":
-            try:
-                rows = json.load(stream)
-            except ValueError as error:
-                raise Refusal(f"{path}: not JSON ({error}); mend the file") from None
-            if not isinstance(rows, list):
-                raise Refusal(f"{path}: found {type(rows).__name__}, wanted a list of rows")
-            lines: Iterable[tuple[int, Any]] = enumerate(rows, 1)
-        else:
-            lines = _json_lines(path, stream)
-        for number, row in lines:
-            if not isinstance(row, dict):
-                raise Refusal(f"{path}: row {number}: found {type(row).__name__}, wanted an object")
-            yield number, row
-
-
-def _json_lines(path: Path, stream: Iterable[str]) -> Iterator[tuple[int, Any]]:
+def _lines(path: Path) -> Iterator[Raw]:
+    """The lines of a JSONL file that are not blank, with their numbers in the file."""
     try:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    raise Refusal(
-                        f"{path}: row {number}: not JSON ({error}); mend or remove the line"
-                    ) from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        size = max(1, path.stat().st_size)
+        with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw as stream:
+            for number, line in enumerate(stream, 1):
+                if content := line.strip():
+                    yield Raw(number, content, raw.tell() / size)
+    except (OSError, EOFError, zlib.error) as error:
         raise Refusal(f"{path}: not readable ({error}); restore the file") from None
 
 
+def _json_list(path: Path) -> list[Any]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except OSError as error:
+        raise Refusal(f"{path}: not readable ({error}); restore the file") from None
+    except (ValueError, RecursionError) as error:
+        raise Refusal(f"{path}: not JSON ({error}); mend the file") from None
+    if not isinstance(rows, list):
+        raise Refusal(f"{path}: found {type(rows).__name__}, wanted a list of rows")
+    return rows
+
+
+def _parquet(file: pq.ParquetFile, source: Source) -> Iterator[dict[str, Any]]:
+    columns = _readable(file.schema_arrow.names, source)
+    try:
+        for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+            yield from batch.to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _unreadable(source, error) from None
+
+
+def _plain(table: datasets.Dataset, source: Source) -> Iterator[dict[str, Any]]:
+    selected = table.select_columns(_readable(table.column_names, source)).with_format(None)
+    try:
+        for batch in selected.iter(_BATCH_ROWS):
+            assert isinstance(batch, dict)
+            yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _unreadable(source, error) from None
+
+
+def _readable(found: Sequence[str], source: Source) -> list[str]:
+    """The columns to read; Refusal where one that the recipe names is missing, or none is known."""
+    wanted = list(source.columns.values()) or [name for name in found if name in COLUMNS]
+    missing = [name for name in wanted if name not in found]
+    if missing or not wanted:
+        what = f"'{missing[0]}'" if missing else "text, prompt + completion, messages, or chosen + rejected"
+        raise Refusal(f"source '{source.name}': columns: found {', '.join(found) or 'none'}, wanted {what}")
+    return wanted
+
+
 def _table(source: Source, path: Path) -> datasets.Dataset:
-    """Parquet, a folder saved by `datasets`, or a Hub data set."""
+    """A folder saved by `datasets`, or a Hub data set."""
     assert source.path is not None
-    where = f"source '{source.name}': {source.path}"
     try:
         if is_local(source.path):
-            if path.is_dir():
-                loaded = datasets.load_from_disk(path)
-            elif path.suffix == ".parquet":
-                loaded = datasets.load_dataset("parquet", data_files=str(path), split="train")
-            else:
-                raise Refusal(
-                    f"{where}: wanted .json, .jsonl, .jsonl.gz, .parquet or a folder saved by datasets"
-                )
+            loaded = datasets.load_from_disk(path)
         else:
             loaded = datasets.load_dataset(
                 source.path, source.config, split=source.split, revision=source.revision
             )
-        if isinstance(loaded, datasets.DatasetDict):
-            loaded = loaded[source.split]
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Refusal(
-            f"{where}: could not be loaded ({reason}); check path, config, split and network"
-        ) from None
+        raise _unreadable(source, error) from None
+    if isinstance(loaded, datasets.DatasetDict):
+        if source.split not in loaded:
+            found = ", ".join(map(str, loaded))
+            raise Refusal(f"source '{source.name}': split: found {found}, wanted '{source.split}'")
+        loaded = loaded[source.split]
     assert isinstance(loaded, datasets.Dataset)
     return loaded
 
 
-def pin(sources: Sequence[Source], folder: Path) -> tuple[list[Source], list[Any]]:
-    """The sources, Hub sets at the very revision that is recorded, and what each comes from."""
-    origins = [_origin(source, folder) for source in sources]
-    pinned = [
-        source.model_copy(update={"revision": origin}) if isinstance(origin, str) else source
-        for source, origin in zip(sources, origins, strict=True)
-    ]
-    return pinned, origins
+def _unreadable(source: Source, error: Exception) -> Refusal:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return Refusal(
+        f"source '{source.name}': {source.path}: could not be loaded ({reason}); "
+        "check path, config, split and network"
+    )
 
 
-def _origin(source: Source, folder: Path) -> Any:
-    """What a source's rows come from: digests of local files, or the Hub revision."""
+def pin(source: Source, folder: Path) -> tuple[Source, Any]:
+    """The source, a Hub set at the very revision that is recorded, and what it comes from.
+
+    That is None for a generator, the digests of local files, or the commit of a Hub data set.
+    """
     if source.path is None:
-        return None
+        return source, None
     path = local_path(source.path, folder)
     if not is_local(source.path):
-        return hub.dataset_revision(source.path, revision=source.revision, source=source.name)
+        commit = hub.dataset_revision(source.path, revision=source.revision, source=source.name)
+        return source.model_copy(update={"revision": commit}), commit
     if not path.exists():
         raise Refusal(f"source '{source.name}': {path} does not exist; paths count from the recipe's folder")
-    return [
+    return source, [
         manifest.digest_file(one)
         for one in sorted([path] if path.is_file() else path.rglob("*"))
         if one.is_file()

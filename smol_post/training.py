@@ -30,6 +30,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from smol_post import data, manifest, model
 from smol_post.config import ApoRecipe, BaseRecipe, LongContextRecipe, MidRecipe, SftRecipe, Training
 from smol_post.refusal import Refusal
+from smol_post.vocabulary import Vocabulary
 
 # TRL reads a property that transformers renames; nothing a user of a recipe could do about it.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -81,6 +82,7 @@ def trainer_arguments(recipe: Training, *, run_dir: Path, num_processes: int) ->
         "per_device_train_batch_size": recipe.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(recipe, num_processes),
         "max_length": None,
+        "remove_unused_columns": False,  # rows are gathered when read, under names that no table has
     }
     if isinstance(recipe, ApoRecipe):
         defaults["loss_type"] = ["apo_zero"]
@@ -133,9 +135,11 @@ class PairTrainer(NoEmbeddingDecay, DPOTrainer):
     """TRL's DPO trainer on pairs that are token ids already."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        if "prompt_ids" in dataset.column_names:
-            return dataset
-        return super()._prepare_dataset(dataset, *args, **kwargs)
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        widened = super()._precompute_ref_logps(dataset, *args, **kwargs)  # which forgets how rows are read
+        return widened.with_format(dataset.format["type"], **dataset.format["format_kwargs"])
 
 
 T = typing.TypeVar("T", PackTrainer, PairTrainer)
@@ -144,74 +148,49 @@ T = typing.TypeVar("T", PackTrainer, PairTrainer)
 def train_on_packs(
     recipe: BaseRecipe | LongContextRecipe | MidRecipe | SftRecipe,
     lm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    words: Vocabulary,
     *,
-    template: str | None,
-    text_end: str,
     folder: Path,
     run_dir: Path,
+    cache_dir: Path,
     num_processes: int,
     announce: Announce,
 ) -> dict[str, Any]:
     """Sources -> packs -> trained checkpoint in `run_dir`; the outcome (data ledger and metrics).
 
-    Raises Refusal where the template or a text wants a token that the vocabulary lacks, or as
-    `data.prepare_packs` does.
+    Raises Refusal as `data.prepare` does.
     """
     model.use_threads(recipe.num_threads)
     arguments = trainer_arguments(recipe, run_dir=run_dir, num_processes=num_processes)
-    if template:
-        model.require_tokens(tokenizer, template)
-    if text_end not in tokenizer.get_vocab():
-        raise Refusal(f"text_end: the vocabulary has no token {text_end!r}; name the one that ends a text")
-    packs = data.prepare_packs(
-        recipe.sources,
-        tokenizer,
-        folder=folder,
-        cache_dir=run_dir.parent / "cache",
-        max_tokens=recipe.max_tokens,
-        packing_strategy=recipe.packing,
-        loss_on=recipe.loss_on,
-        overlong_rows=recipe.overlong_rows,
-        template=template,
-        date_string=recipe.date_string,
-        text_end=text_end,
-        seed=recipe.seed,
-    )
-    dataset, ledger = whole_batches(packs, recipe.global_batch_size)
-    announce(describe(ledger))
-    trainer = pack_trainer(lm, tokenizer, dataset, arguments=arguments, announce=announce)
-    return {"data": ledger, "metrics": fit(trainer, tokenizer, run_dir=run_dir, ledger=ledger)}
-
-
-def whole_batches(prepared: data.Prepared, global_batch_size: int) -> tuple[Dataset, dict[str, Any]]:
-    """The set cut to a multiple of the global batch, and its ledger with what was left out (`num_unused`).
-
-    22 packs in batches of 4 leave 2 unused. Else the last step of an epoch would be a smaller one, and with
-    several processes accelerate would repeat packs to fill it: the result would depend on the launch. Raises
-    Refusal where there is not one whole batch.
-    """
-    number = len(prepared.dataset)
-    unused = number % global_batch_size
-    if unused == number:
-        raise Refusal(f"global_batch_size: found {global_batch_size}, wanted at most {number}; lower it")
-    return prepared.dataset.select(range(number - unused)), {**prepared.ledger, "num_unused": unused}
+    packs = data.prepare(recipe, words, folder=folder, cache_dir=cache_dir)
+    announce(describe(packs.ledger))
+    trainer = pack_trainer(lm, words.tokenizer, packs.dataset, arguments=arguments, announce=announce)
+    metrics = fit(trainer, words.tokenizer, run_dir=run_dir, ledger=packs.ledger)
+    return {"data": packs.ledger, "metrics": metrics}
 
 
 def describe(ledger: dict[str, Any]) -> str:
     """The ledger of a prepared set as one line for a person."""
-    dropped = (
-        f", {ledger['num_dropped_rows']:,} rows dropped ({ledger['dropped']})" if ledger["dropped"] else ""
-    )
     full = (
         f" in {ledger['num_packs']:,} packs, {ledger['utilisation']:.1%} full"
         if "num_packs" in ledger
         else ""
     )
-    unused = f", {ledger['num_unused']:,} left over by whole batches" if ledger["num_unused"] else ""
+    lost = [
+        f", {ledger[f'num_{key}']:,} {what}"
+        for key, what in (
+            ("truncated_rows", "rows truncated"),
+            ("turns_cut", "turns cut"),
+            ("split_rows", "rows split"),
+            ("dropped_rows", f"rows dropped ({ledger['dropped']})"),
+            ("skipped_rows", "rows skipped"),
+            ("unused", "left over by whole batches"),
+        )
+        if ledger.get(f"num_{key}")
+    ]
     return (
         f"{ledger['num_documents']:,} documents{full}; {ledger['num_tokens']:,} tokens, "
-        f"{ledger['num_trained_tokens']:,} trained{dropped}{unused}"
+        f"{ledger['num_trained_tokens']:,} trained{''.join(lost)}"
     )
 
 

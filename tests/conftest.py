@@ -74,12 +74,12 @@ def chain(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., Any])
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """The tiny recipe's kind of tokenizer, with our chat template."""
-    from smol_post import base, chat, synthetic
+    from smol_post import chat, synthetic, vocabulary
 
     chats = synthetic.generate("dual_mode_chats", num_rows=100, seed=0)
     texts = [turn["content"] for row in chats for turn in row["messages"]]
     texts += [row["prompt"] for row in synthetic.generate("needles", num_rows=50, seed=0)]
-    made = base.train_tokenizer(iter(texts), vocab_size=400)
+    made = vocabulary.train_tokenizer(iter(texts), vocab_size=400)
     made.chat_template = chat.load_template("smol_post")
     return made
 

@@ -3,6 +3,7 @@
 `python tests/golden/test_chat.py` writes the files anew; read the diff.
 """
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from trl.data_utils import apply_chat_template
 
-from smol_post.chat import encode_chat, encode_pair, load_template
+from smol_post.chat import EncodedRow, check_masks, clean_row, encode_chat, encode_pair, load_template
 
 FOLDER = Path(__file__).parent
 DATE = "01 January 2026"
@@ -75,16 +77,30 @@ CASES: dict[str, dict[str, Any]] = {
             assistant("<think>\n\n</think>\n\n5"),
             user("Twice?"),
             assistant("<think></think>10"),
-            user("Again?"),
-            assistant("<think>\n2 * 10\n</think>\n20"),
             user("And?"),
             assistant("<think>\n\n</think>\n<think>\n2 * 20\n</think>\n40"),
         ],
         "enable_thinking": False,
     },
+    "empty_think": {
+        "messages": [user("2 + 3?"), assistant("<think>\n\n</think>\n5"), user("Hm?"), assistant("Yes.")],
+        "enable_thinking": True,
+    },
+    "think_flag": {
+        "messages": [system("/think"), user("2 + 3?"), assistant("<think>\n2 + 3 = 5\n</think>\n5")],
+        "enable_thinking": False,
+    },
     "no_think_flag_and_instructions": {
         "messages": [system("Be brief. /no_think\nNo lists."), user("/think 2 + 3?"), assistant("5")],
         "chat_template_kwargs": {"enable_thinking": True},
+    },
+    "flags_inside_words": {
+        "messages": [
+            system("Logs: /thinking, a/no_think/b, x/system_override."),
+            user("/think"),
+            assistant("Ok"),
+        ],
+        "enable_thinking": False,
     },
     "custom_instructions": {
         "messages": [user("2 + 3?"), assistant("5!")],
@@ -110,6 +126,15 @@ CASES: dict[str, dict[str, Any]] = {
         "messages": [user("Hot?"), assistant("<think>\nAsk.\n</think>\n<code>\nweather('Bonn')\n</code>")],
         "python_tools": ['def weather(city: str) -> float:\n    """Celsius."""', "def now() -> str: ..."],
     },
+    "unicode": {
+        "messages": [
+            system("Antworte auf Deutsch: äöüß."),
+            user("漢字 e\u0301 👩\u200d👧🏽 \u05e2\u05d1\u05e8\u05d9\u05ea?"),
+            assistant("<think>\nn\u0303 ist ñ 😀\n</think>\n„Ja“\u00a0…\u2028"),
+            user("\u00a0\t?"),
+            assistant("\u00a0\u3000漢\u0308"),
+        ],
+    },
     "both_tools": {
         "messages": [user("Hot?"), assistant("21")],
         "chat_template_kwargs": {
@@ -120,9 +145,15 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 CHATML_CASES: dict[str, dict[str, Any]] = {
-    "chatml": {"messages": [system("Be brief. /no_think"), *TURNS]},
+    "chatml": {"messages": [system("Be brief. /think"), *TURNS]},
+    "chatml_unicode": {"messages": CASES["unicode"]["messages"]},
     "chatml_tool_calls": {"messages": TOOL_TURNS},
     "chatml_reasoning_content": {"messages": CASES["think_reasoning_content"]["messages"]},
+}
+PAIR: dict[str, Any] = {
+    "chosen": [user("2 + 3?"), assistant("5")],
+    "rejected": [user("2 + 3?"), assistant("6")],
+    "enable_thinking": False,
 }
 
 
@@ -153,32 +184,80 @@ def shown(ids: list[int], mask: list[int]) -> str:
     )
 
 
-def render(name: str) -> str:
-    template = "chatml" if name in CHATML_CASES else "smol_post"
+def encoded(name: str) -> EncodedRow:
+    """A case in the template it is for; where the row has no mode, the source of ours says think."""
     row = (CASES | CHATML_CASES)[name]
-    encoded = encode_chat(row, tokenizer(), date_string=DATE, template=load_template(template))
-    return f"mode: {encoded.mode}\n{shown(encoded.input_ids, encoded.train_mask)}"
+    how: Any = {"template": load_template("chatml")}
+    if name in CASES:
+        how = {"template": load_template("smol_post"), "mode": "think"}
+    return encode_chat(row, tokenizer(), date_string=DATE, **how)
+
+
+def render(name: str) -> str:
+    one = encoded(name)
+    return f"mode: {one.mode}\n{shown(one.input_ids, one.train_mask)}"
 
 
 def render_pair() -> str:
-    row = {
-        "chosen": [user("2 + 3?"), assistant("5")],
-        "rejected": [user("2 + 3?"), assistant("6")],
-        "enable_thinking": False,
-    }
-    pair = encode_pair(row, tokenizer(), date_string=DATE, template=load_template("smol_post"))
+    pair = encode_pair(PAIR, tokenizer(), date_string=DATE, template=load_template("smol_post"))
     parts = {"prompt": pair.prompt_ids, "chosen": pair.chosen_ids, "rejected": pair.rejected_ids}
     texts = [f"{name}: {tokenizer().decode(ids)!r}\n" for name, ids in parts.items()]
     return f"mode: {pair.mode}\n{''.join(texts)}"
 
 
-@pytest.mark.parametrize("name", [*CASES, *CHATML_CASES])
+every_case = pytest.mark.parametrize("name", [*CASES, *CHATML_CASES])
+
+
+@every_case
 def test_a_chat_renders_and_is_trained_as_the_file_shows(name: str) -> None:
     assert render(name) == (FOLDER / f"{name}.txt").read_text(encoding="utf-8")
 
 
 def test_a_pair_is_split_as_the_file_shows() -> None:
     assert render_pair() == (FOLDER / "pair_no_think.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("template", ["smol_post", "chatml"])
+def test_generation_spans_and_prefixes_train_the_same_tokens(template: str) -> None:
+    rows = list((CASES | CHATML_CASES).values())
+    if template == "chatml":  # it has no place for tools and instructions
+        rows = [row for row in rows if clean_row(row)[1].keys() <= {"enable_thinking"}]
+    assert len(rows) > 8
+    check_masks(rows, tokenizer(), date_string=DATE, template=load_template(template), mode="think")
+
+
+@every_case
+def test_trl_renders_and_masks_the_same(name: str) -> None:
+    ours, (messages, variables) = encoded(name), clean_row((CASES | CHATML_CASES)[name])
+    trls = copy.deepcopy(tokenizer())
+    trls.chat_template = load_template("chatml" if name in CHATML_CASES else "smol_post")
+    tools: Any = variables.pop("tools", None)
+    kwargs = variables | {"date_string": DATE}
+    if ours.mode != "text":
+        kwargs["enable_thinking"] = ours.mode == "think"
+    example: Any = {"messages": messages, "chat_template_kwargs": kwargs}
+    assert apply_chat_template(example, trls, tools=tools) == {"text": ours.text}
+    tokenized: Any = trls.apply_chat_template(
+        messages, tools=tools, return_assistant_tokens_mask=True, return_dict=True, **kwargs
+    )
+    assert tokenized["input_ids"] == ours.input_ids
+    assert tokenized["assistant_masks"] == ours.train_mask
+
+
+def test_trl_splits_a_pair_the_same() -> None:
+    ours = encode_pair(PAIR, tokenizer(), date_string=DATE, template=load_template("smol_post"))
+    trls = copy.deepcopy(tokenizer())
+    trls.chat_template = load_template("smol_post")
+    example: Any = {
+        "prompt": PAIR["chosen"][:1],
+        "chosen": PAIR["chosen"][1:],
+        "rejected": PAIR["rejected"][1:],
+        "chat_template_kwargs": {"enable_thinking": False, "date_string": DATE},
+    }
+    texts = apply_chat_template(example, trls)
+    assert texts["prompt"] == trls.decode(ours.prompt_ids)
+    assert texts["chosen"] == trls.decode(ours.chosen_ids) + "\n"
+    assert texts["rejected"] == trls.decode(ours.rejected_ids) + "\n"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from smol_post import config, data, training
+from smol_post import config, data, training, vocabulary
 
 Build = Callable[..., Any]
 ROPE = {"some NoPE": [1, 1, 1, 0], "all RoPE": [1, 1, 1, 1], "all NoPE": [0, 0, 0, 0]}
@@ -27,23 +27,17 @@ def batch_of(lm: Any, tokenizer: Any, folder: Path, *, strategy: str = "bfd") ->
     """The first batch of the trainer: two packs of at most 40 tokens, as one row."""
     (folder / "rows.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in TEXTS * 2))
     source = config.Source(name="rows", path="rows.jsonl")
-    recipe = config.SftRecipe(
-        stage="sft", max_tokens=40, global_batch_size=2, micro_batch_size=2, num_steps=1, sources=[source]
-    )
-    packs = data.prepare_packs(
-        [source],
-        tokenizer,
-        folder=folder,
-        cache_dir=folder / "cache",
+    recipe = config.MidRecipe(
+        stage="mid",
+        packing=strategy,
         max_tokens=40,
-        packing_strategy=strategy,
-        loss_on="all",
-        overlong_rows="drop",
-        template=None,
-        date_string="",
-        text_end="<|endoftext|>",
-        seed=0,
-    ).dataset
+        global_batch_size=2,
+        micro_batch_size=2,
+        num_steps=1,
+        sources=[source],
+    )
+    words = vocabulary.Vocabulary(tokenizer, None, "<|endoftext|>", [])
+    packs = data.prepare(recipe, words, folder=folder, cache_dir=folder / "cache").dataset
     arguments = training.trainer_arguments(recipe, run_dir=folder, num_processes=1)
     trainer = training.pack_trainer(lm, tokenizer, packs, arguments=arguments, announce=str)
     batch = trainer.data_collator([packs[0], packs[1]])

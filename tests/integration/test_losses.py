@@ -10,7 +10,7 @@ import pytest
 import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
-from smol_post import config, data, training
+from smol_post import config, data, training, vocabulary
 
 Build = Callable[..., Any]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,19 +104,13 @@ def test_the_lean_path_on_a_cpu_equals_trl_s_own(
 def test_apo_zero_starts_at_exactly_one_with_no_reward(
     build: Build, tokenizer: Any, tmp_path: Path, precompute: bool
 ) -> None:
-    pairs = datasets.Dataset.from_list(
-        [
-            {"prompt_ids": [5, 6, 7, at], "chosen_ids": [20, at, 2], "rejected_ids": [30, 31, 32, at, 2]}
-            for at in range(40, 48)
-        ]
-    )
     recipe = config.ApoRecipe(
         stage="apo",
-        max_tokens=16,
+        max_tokens=256,
         global_batch_size=4,
         micro_batch_size=2,
         num_steps=2,
-        sources=[config.Source(name="s", generator="preference_pairs", num_rows=1)],
+        sources=[config.Source(name="s", generator="preference_pairs", num_rows=8)],
         trainer={
             "loss_type": ["apo_zero"],
             "beta": 0.5,
@@ -125,6 +119,8 @@ def test_apo_zero_starts_at_exactly_one_with_no_reward(
             "precompute_ref_log_probs": precompute,
         },
     )
+    words = vocabulary.of_run(recipe, tokenizer, folder=tmp_path)
+    pairs = data.prepare(recipe, words, folder=tmp_path, cache_dir=tmp_path / "cache").dataset
     arguments = training.trainer_arguments(recipe, run_dir=tmp_path, num_processes=1)
     Path(arguments["output_dir"]).mkdir(parents=True)
     lm, reference = build(attention="sdpa"), build(attention="sdpa")

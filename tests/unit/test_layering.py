@@ -15,11 +15,11 @@ PACKAGE = Path(smol_post.__file__).parent
 STAGES = {"base", "long_context", "mid", "sft", "apo", "merge", "evals"}
 LAYERS = [
     {"__init__", "refusal", "trainer_block", "config", "manifest"},
-    {"plan", "runner", "chat", "packing", "synthetic", "report", "points", "plots", "hub"},
-    {"data", "model", "attention", "sources"},
+    {"plan", "runner", "chat", "encoding", "synthetic", "report", "points", "plots", "hub"},
+    {"packing", "vocabulary", "sources", "documents", "mixture", "data", "inspection", "model", "attention"},
     {"training", "scoring", "trl_fields"},
     STAGES,
-    {"commands"},
+    {"commands", "preparation"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from smol_post import model
+from smol_post import chat, config, model, vocabulary
 from smol_post.refusal import Refusal
 
 Build = Callable[..., Any]
@@ -112,9 +112,14 @@ def test_a_weight_of_another_shape_is_refused(saved: Path) -> None:
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match=r"no config\.json"):
         model.load_model(tmp_path, attn_implementation="sdpa")
-    with pytest.raises(Refusal, match="no loadable tokenizer") as caught:
-        model.load_tokenizer(tmp_path)
-    assert "\n" not in str(caught.value)
+
+
+def with_tokens(*tokens: str) -> config.MidRecipe:
+    """A recipe that adds tokens, as the first of a chain may."""
+    sources = [config.Source(name="s", generator="reasoning_chats", num_rows=1)]
+    return config.MidRecipe(
+        stage="mid", max_tokens=8, global_batch_size=1, num_steps=1, sources=sources, add_tokens=list(tokens)
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -124,7 +129,8 @@ def test_new_tokens_start_at_the_mean_and_tied_heads_stay_tied(
     lm = build(tied=tied)
     embeddings, head = lm.get_input_embeddings().weight.clone(), lm.get_output_embeddings().weight.clone()
     old = len(embeddings)
-    model.add_tokens(lm, own_tokenizer, ["<|tool|>", "<think>", "<extra>"])
+    words = vocabulary.of_run(with_tokens("<|tool|>", "<think>", "<extra>"), own_tokenizer, folder=tmp_path)
+    model.embed_new(lm, words.new_ids)
     assert own_tokenizer.convert_tokens_to_ids(["<|tool|>", "<extra>"]) == [old, old + 1]
     assert lm.config.vocab_size == old + 2
     for weight, before in (
@@ -143,10 +149,12 @@ def test_new_tokens_start_at_the_mean_and_tied_heads_stay_tied(
     assert tokenizer.decode([old, old + 1], skip_special_tokens=True) == "<extra>"
 
 
-def test_adding_known_tokens_changes_nothing(build: Build, own_tokenizer: Any) -> None:
+def test_adding_known_tokens_changes_nothing(build: Build, own_tokenizer: Any, tmp_path: Path) -> None:
     lm = build()
     before = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
-    model.add_tokens(lm, own_tokenizer, ["<think>", "<|im_end|>"])
+    words = vocabulary.of_run(with_tokens("<think>", "<|im_end|>"), own_tokenizer, folder=tmp_path)
+    assert words.new_ids == []
+    model.embed_new(lm, words.new_ids)
     assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
 
 
@@ -154,21 +162,15 @@ def test_a_chat_model_ends_turns_and_generation_with_im_end(
     build: Build, own_tokenizer: Any, tmp_path: Path
 ) -> None:
     lm = build()
-    model.set_chat(lm, own_tokenizer, "{{ messages }}")
+    vocabulary.of_run(with_tokens(), own_tokenizer, folder=tmp_path)
+    model.set_chat(lm, own_tokenizer)
     save(lm, own_tokenizer, tmp_path)
     again, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     end, old = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    assert (tokenizer.eos_token, tokenizer.chat_template) == ("<|im_end|>", "{{ messages }}")
+    assert (tokenizer.eos_token, tokenizer.chat_template) == ("<|im_end|>", chat.load_template("chatml"))
     assert again.config.eos_token_id == end
     assert again.generation_config.eos_token_id == [end, old]
     assert again.generation_config.pad_token_id == again.config.pad_token_id == old
-
-
-def test_tokens_that_a_template_writes_and_the_vocabulary_lacks_are_named(own_tokenizer: Any) -> None:
-    template = "<|im_start|>x<|im_end|><think></think><|tool_call|>"
-    with pytest.raises(Refusal, match=r"lacks <\|tool_call\|>, which the chat template writes; add them"):
-        model.require_tokens(own_tokenizer, template)
-    model.require_tokens(own_tokenizer, template.removesuffix("<|tool_call|>"))
 
 
 def test_weights_that_are_not_finite_are_not_saved_in_silence(

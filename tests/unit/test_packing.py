@@ -1,85 +1,157 @@
 """Packing loses no token, overfills no pack, and is the algorithm it says it is."""
 
 import doctest
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from smol_post import packing
-from smol_post.packing import Pack, best_fit_decreasing, utilisation, wrapped
+from smol_post.packing import Packs, best_fit_decreasing, split, wrapped
 
-CASES = range(30)
-
-
-def lengths_of(seed: int) -> tuple[list[int], int]:
-    """Random lengths, many of them equal or filling a pack exactly, and a capacity."""
-    rng = random.Random(seed)
-    capacity = rng.choice([1, 7, 16, 100])
-    return [rng.randint(1, capacity) for _ in range(rng.randint(0, 200))], capacity
+Piece = tuple[int, int, int]
+quickly = settings(deadline=None, max_examples=100, derandomize=True)
 
 
-def slow_best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
-    """By the book: the longest first, each into the pack that it fills best, else into a new one."""
-    packs: list[list[int]] = []
-    for length in sorted(lengths, reverse=True):
-        fitting = [pack for pack in packs if sum(pack) + length <= capacity]
-        if fitting:
-            max(fitting, key=sum).append(length)
-        else:
-            packs.append([length])
-    return packs
+@st.composite
+def documents(draw: Any, *, shortest: int = 1, overlong: bool = False) -> tuple[np.ndarray, int]:
+    """Lengths, many of them equal or filling a pack exactly, and a capacity."""
+    capacity = draw(st.sampled_from([1, 2, 7, 16, 100, 300]))
+    longest = 4 * capacity if overlong else capacity
+    kinds = draw(st.lists(st.integers(shortest, longest), min_size=1, max_size=8))
+    lengths = draw(st.lists(st.one_of(st.sampled_from(kinds), st.integers(shortest, longest)), max_size=80))
+    return np.array(lengths, np.int64), capacity
 
 
-def tokens(packs: list[Pack]) -> list[tuple[int, int]]:
+fitting = documents()
+streams = documents(shortest=0, overlong=True)
+
+
+def tokens(packs: Iterable[list[Piece]]) -> list[tuple[int, int]]:
+    """Every token as (document, position), in the order of the packs."""
     return [(document, at) for pack in packs for document, start, stop in pack for at in range(start, stop)]
 
 
-@pytest.mark.parametrize("seed", CASES)
-def test_best_fit_decreasing_is_exact(seed: int) -> None:
-    lengths, capacity = lengths_of(seed)
+def all_tokens(lengths: np.ndarray) -> list[tuple[int, int]]:
+    return [(document, at) for document, length in enumerate(lengths) for at in range(length)]
+
+
+def fill(packs: Iterable[list[Piece]]) -> list[int]:
+    return [sum(stop - start for _, start, stop in pack) for pack in packs]
+
+
+def slow_best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[int]:
+    """The fill of packs made by the book: longest first, into the fullest pack with room, else a new."""
+    packs: list[int] = []
+    for length in sorted(lengths.tolist(), reverse=True):
+        fitting = [at for at, used in enumerate(packs) if used + length <= capacity]
+        if fitting:
+            packs[max(fitting, key=packs.__getitem__)] += length
+        else:
+            packs.append(length)
+    return packs
+
+
+@quickly
+@given(fitting)
+def test_best_fit_decreasing_puts_every_document_whole_into_one_pack(given: tuple[np.ndarray, int]) -> None:
+    lengths, capacity = given
     packs = best_fit_decreasing(lengths, capacity)
-    # Packs with equal room are interchangeable, so the fill of the packs is what the algorithm decides.
-    found = sorted(sum(stop - start for _, start, stop in pack) for pack in packs)
-    assert found == sorted(map(sum, slow_best_fit_decreasing(lengths, capacity)))
+    pieces = [piece for pack in packs for piece in pack]
+    assert sorted(pieces) == [(document, 0, length) for document, length in enumerate(lengths)]
+    assert all(0 < used <= capacity for used in fill(packs))
 
 
-@pytest.mark.parametrize("seed", CASES)
+@quickly
+@given(fitting)
+def test_best_fit_decreasing_is_exact(given: tuple[np.ndarray, int]) -> None:
+    """Packs with equal room are interchangeable, so the fill of the packs is what the algorithm decides."""
+    lengths, capacity = given
+    found = fill(best_fit_decreasing(lengths, capacity))
+    assert sorted(found) == sorted(slow_best_fit_decreasing(lengths, capacity))
+
+
+def test_best_fit_decreasing_is_exact_for_long_documents_of_many_lengths() -> None:
+    lengths = np.random.default_rng(0).integers(1, 70_001, 400)
+    found = fill(best_fit_decreasing(lengths, 70_000))
+    assert sorted(found) == sorted(slow_best_fit_decreasing(lengths, 70_000))
+
+
+@quickly
+@given(streams)
+def test_wrapping_keeps_every_token_in_the_order_of_the_stream(given: tuple[np.ndarray, int]) -> None:
+    lengths, capacity = given
+    assert tokens(wrapped(lengths, capacity)) == all_tokens(lengths)
+
+
+@quickly
+@given(streams)
+def test_wrapping_fills_every_pack_but_the_last(given: tuple[np.ndarray, int]) -> None:
+    lengths, capacity = given
+    used = fill(wrapped(lengths, capacity))
+    assert all(number == capacity for number in used[:-1])
+    assert all(0 < number <= capacity for number in used[-1:])
+
+
+@quickly
+@given(streams)
+def test_wrapping_cuts_only_where_a_pack_or_a_document_ends(given: tuple[np.ndarray, int]) -> None:
+    lengths, capacity = given
+    for pack in wrapped(lengths, capacity):
+        assert len({document for document, _, _ in pack}) == len(pack)
+        assert all(start < stop for _, start, stop in pack)
+        assert all(start == 0 for _, start, _ in pack[1:])
+        assert all(stop == lengths[document] for document, _, stop in pack[:-1])
+
+
+@quickly
+@given(streams)
+def test_splitting_keeps_every_token_in_full_pieces_and_one_rest(given: tuple[np.ndarray, int]) -> None:
+    lengths, capacity = given
+    pieces: list[Piece] = list(zip(*(each.tolist() for each in split(lengths, capacity)), strict=True))
+    assert tokens([pieces]) == all_tokens(lengths)
+    for document, start, stop in pieces:
+        assert stop - start == capacity or (0 < stop - start < capacity and stop == lengths[document])
+
+
+@quickly
+@given(streams, st.integers(0, 3))
+def test_shuffling_moves_packs_whole_and_repeatably(given: tuple[np.ndarray, int], seed: int) -> None:
+    packs = wrapped(*given)
+    assert sorted(packs.shuffled(seed)) == sorted(packs)
+    assert list(packs.shuffled(seed)) == list(packs.shuffled(seed))
+
+
+def test_the_seed_decides_the_order_of_packs() -> None:
+    packs = wrapped(np.full(60, 3), 7)
+    assert len({str(list(packs.shuffled(seed))) for seed in range(5)}) == 5
+    assert list(packs.shuffled(0)) != list(packs)
+
+
 @pytest.mark.parametrize("pack", [best_fit_decreasing, wrapped])
-def test_every_token_is_in_exactly_one_pack(pack: Callable[[list[int], int], list[Pack]], seed: int) -> None:
-    lengths, capacity = lengths_of(seed)
-    packs = pack(lengths, capacity)
-    every = [(document, at) for document, length in enumerate(lengths) for at in range(length)]
-    assert sorted(tokens(packs)) == every
-    assert all(0 < sum(stop - start for _, start, stop in pack) <= capacity for pack in packs)
-    assert pack(lengths, capacity) == packs
-
-
-@pytest.mark.parametrize("seed", CASES)
-def test_best_fit_decreasing_cuts_no_document(seed: int) -> None:
-    lengths, capacity = lengths_of(seed)
-    packs = best_fit_decreasing(lengths, capacity)
-    assert all((start, stop) == (0, lengths[document]) for pack in packs for document, start, stop in pack)
-
-
-@pytest.mark.parametrize("seed", CASES)
-def test_wrapped_keeps_the_order_and_fills_every_pack_but_the_last(seed: int) -> None:
-    lengths, capacity = lengths_of(seed)
-    packs = wrapped(lengths, capacity)
-    assert tokens(packs) == sorted(tokens(packs))
-    assert all(sum(stop - start for _, start, stop in pack) == capacity for pack in packs[:-1])
+def test_no_documents_make_no_packs(pack: Callable[[np.ndarray, int], Packs]) -> None:
+    packs = pack(np.array([], np.int64), 6)
+    assert (len(packs), list(packs), list(packs.shuffled(0)), packs.utilisation(6)) == (0, [], [], 0.0)
 
 
 @pytest.mark.parametrize("length", [0, 7])
 def test_a_document_that_cannot_be_placed_whole_is_an_error(length: int) -> None:
     with pytest.raises(ValueError, match=f"document 1 has {length} tokens; wanted 1 to 6"):
-        best_fit_decreasing([3, length], 6)
+        best_fit_decreasing(np.array([3, length]), 6)
 
 
-def test_utilisation_is_the_share_of_room_in_use() -> None:
-    assert utilisation([[(0, 0, 5)], [(1, 0, 3), (2, 0, 2)]], 6) == pytest.approx(10 / 12)
-    assert utilisation([], 6) == 0.0
+@quickly
+@given(fitting)
+def test_utilisation_is_the_share_of_room_in_use(given: tuple[np.ndarray, int]) -> None:
+    lengths, capacity = given
+    packs = best_fit_decreasing(lengths, capacity)
+    assert packs.utilisation(capacity) * len(packs) * capacity == pytest.approx(lengths.sum())
 
 
 def test_the_examples_in_the_text_are_true() -> None:
     assert doctest.testmod(packing).failed == 0
+    assert list(best_fit_decreasing(np.array([5, 3, 2]), 6)) == [[(0, 0, 5)], [(1, 0, 3), (2, 0, 2)]]
+    assert list(wrapped(np.array([5, 3, 2]), 6)) == [[(0, 0, 5), (1, 0, 1)], [(1, 1, 3), (2, 0, 2)]]

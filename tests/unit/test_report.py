@@ -35,7 +35,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_run(root: Path, run: str, **changes: Any) -> None:
-    counts = {"num_rows": 12, "num_tokens": 12345, "num_trained_tokens": 6789}
+    counts = {"num_documents": 12, "num_tokens": 12345, "num_trained_tokens": 6789}
     data = counts | {"num_documents": 12, "num_packs": 7, "utilisation": 0.987, "fingerprint": "f00d"}
     data |= {"by_source": {"pairs": counts}, "by_mode": {"think": counts}}
     parents = [{"path": f"../{name}", "digest": digest(name), "stage": name} for name in PARENTS[run]]

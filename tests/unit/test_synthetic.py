@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from smol_post import base, synthetic
+from smol_post import synthetic, vocabulary
 
 NUM_ROWS = 200
 MODES = {"/think": True, "/no_think": False}
@@ -50,7 +50,7 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others(name):
 
 
 def test_rows_do_not_depend_on_the_hash_seed_or_on_the_global_random_state():
-    code = """import random, sys; from smol_post import base, synthetic; random.seed(sys.argv[1])
+    code = """import random, sys; from smol_post import synthetic, vocabulary; random.seed(sys.argv[1])
 print([list(synthetic.generate(name, num_rows=20, seed=3)) for name in synthetic.GENERATORS])"""
     outputs = {
         subprocess.run(
@@ -183,6 +183,6 @@ def test_questions_carry_the_answer_that_must_stand():
 
 def test_the_tokenizer_sees_every_word_of_the_recipe():
     words = set(
-        re.findall(r"\w+", " ".join(base.tokenizer_corpus(0, date_string="01 July 2025", num_rows=300)))
+        re.findall(r"\w+", " ".join(vocabulary._corpus(0, date_string="01 July 2025", num_rows=300)))
     )
     assert words >= set(synthetic.VALUES) | set(synthetic.FILLER) | {"Metadata", "Custom", "calc", "Now"}

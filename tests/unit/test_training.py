@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from smol_post import config, data, training
+from smol_post import config, training
 from smol_post.refusal import Refusal
 
 Build = Callable[..., Any]
@@ -112,17 +112,6 @@ def test_a_sequence_longer_than_the_parent_s_context_is_refused(build: Build) ->
     training.check_length(recipe(max_tokens=256), build())
     with pytest.raises(Refusal, match="max_tokens: found 257, wanted at most 256"):
         training.check_length(recipe(max_tokens=257), build())
-
-
-def test_a_set_is_cut_to_whole_batches_and_says_what_is_left_out() -> None:
-    """22 packs in batches of 8: 16 are used, whatever the number of processes."""
-    prepared = data.Prepared(
-        datasets.Dataset.from_dict({"input_ids": [[i] for i in range(22)]}), {"fingerprint": "f"}
-    )
-    used, ledger = training.whole_batches(prepared, 8)
-    assert (len(used), ledger["num_unused"]) == (16, 6)
-    with pytest.raises(Refusal, match="global_batch_size: found 23, wanted at most 22"):
-        training.whole_batches(prepared, 23)
 
 
 def test_preference_training_is_apo_zero_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:

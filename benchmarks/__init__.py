@@ -1,0 +1,1 @@
+"""What the token path costs beside its peers: `python -m benchmarks.run`, without network or other data."""

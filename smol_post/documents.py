@@ -1,0 +1,388 @@
+"""Rows of one source -> its tokenised documents on disk, written once, read by address.
+
+    tokens.bin      int32, all documents end to end; a token without loss is stored as its complement ~id
+    documents.bin   one record (RECORD) a document, in the order of the rows
+    ledger.json     what was read, skipped and counted; written last
+
+Document 5 6 7 with loss on 6 7:  tokens.bin -6 6 7,  address 0, length 3, num_trained 2, trains_first 0
+A preference pair is two documents in a row: prompt + chosen, prompt + rejected, loss on the answers.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from smol_post import chat, manifest
+from smol_post.config import Source
+from smol_post.encoding import encode
+from smol_post.refusal import Refusal
+from smol_post.sources import Raw, parse_row, read_rows
+
+MODES = ("text", "think", "no_think")
+RECORD = np.dtype(
+    [
+        ("address", np.int64),  # of the first token in tokens.bin, in tokens
+        ("row", np.int64),
+        ("length", np.int32),
+        ("num_trained", np.int32),  # without the first token, which has no context
+        ("trains_first", np.bool_),
+        ("mode", np.uint8),  # in MODES
+    ]
+)
+_BATCH_ROWS, _BATCH_CHARACTERS = 512, 4_000_000
+_SAMPLE_ROWS = 32  # a batch in _SAMPLE_BATCHES has so many masks derived a second way
+_SAMPLE_BATCHES = 16
+
+
+class Encoded(NamedTuple):
+    """Documents end to end, loss by complement, and records whose addresses count from the first of them."""
+
+    tokens: np.ndarray
+    records: np.ndarray
+    bad_rows: list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How the rows of one source become documents. `loss_on`: "assistant", "completion" or "all"."""
+
+    tokenizer: Any
+    template: str | None
+    date_string: str
+    text_end: str
+    loss_on: str
+    mode: chat.Mode | None
+    columns: Mapping[str, str]
+    max_row_characters: int
+    pairs: bool
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what a row becomes, as a tree to digest."""
+        backend = self.tokenizer.backend_tokenizer.to_str()
+        return {
+            **{key: value for key, value in vars(self).items() if key != "tokenizer"},
+            "tokenizer": manifest.digest_text(backend),
+            "special_tokens": {key: str(token) for key, token in self.tokenizer.special_tokens_map.items()},
+        }
+
+    def encode(self, rows: Sequence[Raw], *, check: bool = False) -> Encoded:
+        """The documents of these rows in order; rows that cannot be encoded are named, not raised.
+
+        `check` derives the masks of the first chats a second way, too. Raises ValueError where the two
+        differ: then the template is wrong, not a row.
+        """
+        parsed, bad = [], []
+        for raw in rows:
+            try:
+                parsed.append((raw.number, self._parse(raw.content)))
+            except (ValueError, RecursionError) as error:
+                bad.append((raw.number, _reason(error)))
+        try:
+            made = self._documents([row for _, row in parsed])
+        except (ValueError, RecursionError):
+            made, good = [], []
+            for number, row in parsed:
+                try:
+                    made += self._documents([row])
+                    good.append((number, row))
+                except (ValueError, RecursionError) as error:
+                    bad.append((number, _reason(error)))
+            parsed = good
+        if check and self.template and self.loss_on != "all" and not self.pairs:
+            chats = [row for _, row in parsed if row.get("messages")][:_SAMPLE_ROWS]
+            chat.check_masks(
+                chats, self.tokenizer, date_string=self.date_string, template=self.template, mode=self.mode
+            )
+        numbers = [number for number, _ in parsed for _ in range(2 if self.pairs else 1)]
+        return _end_to_end(made, numbers, sorted(bad))
+
+    def _parse(self, content: bytes | Mapping[str, Any]) -> dict[str, Any]:
+        size = len(content) if isinstance(content, bytes) else _characters(content)
+        if size > self.max_row_characters:
+            raise ValueError(
+                f"found a row of {size:,} characters, wanted at most {self.max_row_characters:,} "
+                "(max_row_characters)"
+            )
+        return parse_row(content, columns=self.columns)
+
+    def _documents(
+        self, rows: Sequence[dict[str, Any]]
+    ) -> list[tuple[list[int], list[tuple[int, int]], str]]:
+        """(ids, intervals with loss, mode) of each document; ValueError where a row cannot be encoded."""
+        how: Any = {"date_string": self.date_string, "template": self.template, "mode": self.mode}
+        if self.pairs:
+            pairs = chat.encode_pairs(rows, self.tokenizer, **how)
+            return [
+                (
+                    [*one.prompt_ids, *answer],
+                    [(len(one.prompt_ids), len(one.prompt_ids) + len(answer))],
+                    one.mode,
+                )
+                for one in pairs
+                for answer in (one.chosen_ids, one.rejected_ids)
+            ]
+        chats = [row for row in rows if row.get("messages")]
+        loss_on = "all" if self.loss_on == "all" else "assistant"
+        encoded = iter(chat.encode_chats(chats, self.tokenizer, loss_on=loss_on, **how) if chats else [])
+        plain = iter(self._texts([row for row in rows if not row.get("messages")]))
+        made = []
+        for row in rows:
+            if row.get("messages"):
+                one = next(encoded)
+                made.append((one.input_ids, one.trained, one.mode))
+            else:
+                made.append(next(plain))
+        return made
+
+    def _texts(
+        self, rows: Sequence[dict[str, Any]]
+    ) -> Iterator[tuple[list[int], list[tuple[int, int]], str]]:
+        """A text is trained whole, of prompt + completion the latter; both end with the token `text_end`."""
+        if not rows:
+            return
+        ends = self.tokenizer.convert_tokens_to_ids(self.text_end)
+        parts = [part for row in rows for part in _parts(row)]
+        if self.text_end == chat.END_OF_TURN:
+            raise Refusal("text_end: a text would end with <|im_end|>; name the token that ends a text")
+        ids = [ids for ids, _ in encode([(part, []) for part in parts], self.tokenizer)]
+        for before, after in zip(ids[::2], ids[1::2], strict=True):
+            length = len(before) + len(after) + 1
+            yield [*before, *after, ends], [(0 if self.loss_on == "all" else len(before), length)], "text"
+
+
+def _parts(row: Mapping[str, Any]) -> tuple[str, str]:
+    """("", text) or (prompt, completion) of a row without messages."""
+    text, prompt, completion = row.get("text"), row.get("prompt"), row.get("completion")
+    for one in (text, prompt, completion):
+        str(one).encode()  # half a surrogate pair, which no tokenizer takes, is a ValueError here
+    if isinstance(text, str):
+        return "", text
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt, completion
+    if "messages" in row:
+        raise ValueError(f"messages: found {row['messages']!r}, wanted a list of messages")
+    for key, value in (("text", text), ("prompt", prompt), ("completion", completion)):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{key}: found {type(value).__name__}, wanted text")
+    raise ValueError(
+        f"found columns {', '.join(map(str, row)) or 'none'}, wanted text, prompt + completion, or messages"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a row, as one line that can be written, whatever the row holds."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    text = " ".join(str(error).encode(errors="backslashreplace").decode().split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _characters(value: Any) -> int:
+    """Characters of all texts in a nested value, however deep."""
+    number, rest = 0, [value]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, str):
+            number += len(one)
+        elif isinstance(one, Mapping | list | tuple):
+            rest.extend(one.values() if isinstance(one, Mapping) else one)
+    return number
+
+
+def _end_to_end(
+    made: Sequence[tuple[list[int], list[tuple[int, int]], str]], numbers: Sequence[int], bad: Any
+) -> Encoded:
+    """Documents as one array and their records.
+
+    >>> one = _end_to_end([([5, 6, 7], [(1, 3)], "text"), ([8, 9], [(0, 2)], "think")], [1, 2], [])
+    >>> one.tokens.tolist(), one.records[["address", "length", "num_trained", "trains_first"]].tolist()
+    ([-6, 6, 7, 8, 9], [(0, 3, 2, False), (3, 2, 1, True)])
+    """
+    records = np.zeros(len(made), RECORD)
+    records["row"] = numbers
+    records["length"] = [len(ids) for ids, _, _ in made]
+    records["address"] = np.cumsum(records["length"], dtype=np.int64) - records["length"]
+    records["mode"] = [MODES.index(mode) for _, _, mode in made]
+    records["trains_first"] = [bool(spans) and spans[0][0] == 0 for _, spans, _ in made]
+    trained = [sum(stop - start for start, stop in spans) for _, spans, _ in made]
+    records["num_trained"] = np.array(trained, np.int32) - records["trains_first"]
+    total = int(records["length"].sum())
+    flips = np.full(total, -1, np.int32)
+    for address, (_, spans, _) in zip(records["address"].tolist(), made, strict=True):
+        for start, stop in spans:
+            flips[address + start : address + stop] = 0
+    ids = np.fromiter((token for ids, _, _ in made for token in ids), np.int32, total)
+    return Encoded(ids ^ flips, records, bad)
+
+
+class Store:
+    """The documents of one source, memory-mapped: `tokens` (num_tokens,), `records` (num_documents,)."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open what `tokenise` wrote into `folder`."""
+        self.folder = folder
+        self.tokens = _mapped(folder / "tokens.bin", np.dtype(np.int32))
+        self.records = _mapped(folder / "documents.bin", RECORD)
+        self.ledger = json.loads((folder / "ledger.json").read_text())
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+
+
+def tokenise(
+    source: Source,
+    encoder: Encoder,
+    *,
+    folder: Path,
+    target: Path,
+    on_bad_rows: str,
+    num_workers: int = 1,
+) -> None:
+    """Write the documents of `source` into the empty folder `target`; rows are read from `folder`.
+
+    One process, or `num_workers` with the same result; at most a few batches of rows are in memory. Raises
+    Refusal with the row's number where a row is bad (on_bad_rows="refuse"; "skip" counts it instead), or the
+    template's masks disagree.
+    """
+    started, num_rows, address = time.monotonic(), 0, 0
+    skipped: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    where = source.path or source.generator
+    batches = _batches(read_rows(source, folder=folder))
+    bar = tqdm(
+        total=100,
+        desc=f"tokenise {source.name}",
+        disable=None,  # where no person watches
+        file=sys.stderr,
+        bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}",
+    )
+    with (
+        bar,
+        (target / "tokens.bin").open("wb") as tokens_file,
+        (target / "documents.bin").open("wb") as records_file,
+    ):
+        try:
+            for rows, encoded in _in_order(encoder, batches, num_workers):
+                if encoded.bad_rows and on_bad_rows == "refuse":
+                    number, reason = encoded.bad_rows[0]
+                    raise Refusal(
+                        f"source '{source.name}': {where}: row {number}: {reason}; mend or remove the row, "
+                        "or set on_bad_rows: skip"
+                    )
+                for number, reason in encoded.bad_rows:
+                    kind = re.sub(r"\d+|'.*'", "..", reason)  # one kind, whatever the row's own numbers
+                    skipped[kind] += 1
+                    examples.setdefault(kind, f"row {number}: {reason}")
+                records = encoded.records
+                records["address"] += address
+                address += len(encoded.tokens)
+                num_rows += len(rows)
+                encoded.tokens.tofile(tokens_file)
+                records.tofile(records_file)
+                bar.set_postfix_str(f"{address / (time.monotonic() - started):,.0f} tokens/s", refresh=False)
+                bar.update(100 * rows[-1].done - bar.n)
+        except ValueError as error:
+            raise Refusal(f"source '{source.name}': {where}: {error}; mend the chat template") from None
+    manifest.write_json(
+        target / "ledger.json",
+        {
+            "num_rows": num_rows,
+            "skipped": dict(skipped),
+            "skipped_examples": examples,
+            "seconds": round(time.monotonic() - started, 2),
+        },
+    )
+
+
+def _batches(rows: Iterable[Raw]) -> Iterator[list[Raw]]:
+    """Rows in batches of bounded number and size."""
+    batch: list[Raw] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.content) if isinstance(row.content, bytes) else _characters(row.content)
+        if len(batch) == _BATCH_ROWS or size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _in_order(
+    encoder: Encoder, batches: Iterator[list[Raw]], num_workers: int
+) -> Iterator[tuple[list[Raw], Encoded]]:
+    """Each batch and what became of it, in order; with workers, a few batches ahead of the reader."""
+    if num_workers == 1:
+        for at, rows in enumerate(batches):
+            yield rows, encoder.encode(rows, check=at % _SAMPLE_BATCHES == 0)
+        return
+    with ProcessPoolExecutor(
+        num_workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(encoder,)
+    ) as pool:
+        ahead: deque[tuple[list[Raw], Future[Encoded]]] = deque()
+        try:
+            for at, rows in enumerate(batches):
+                ahead.append((rows, pool.submit(_work, rows, at % _SAMPLE_BATCHES == 0)))
+                if len(ahead) > 2 * num_workers:
+                    rows_done, future = ahead.popleft()
+                    yield rows_done, future.result()
+            while ahead:
+                rows_done, future = ahead.popleft()
+                yield rows_done, future.result()
+        except BrokenProcessPool:
+            raise RuntimeError(
+                "a worker of the preparation died (out of memory?); use fewer workers"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_encoder: Encoder | None = None  # of a worker process
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _encoder = encoder
+
+
+def _work(rows: list[Raw], check: bool) -> Encoded:
+    assert _encoder is not None
+    return _encoder.encode(rows, check=check)
+
+
+def once(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
+    """`folder/<key>`, made by `build(an empty folder)` unless it is there; other processes wait for it.
+
+    Whatever interrupts `build`, a folder under its final name is whole.
+    """
+    target = folder / key.removeprefix("sha256:")[:24]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_dir():
+            half = target.with_suffix(".half")
+            shutil.rmtree(half, ignore_errors=True)
+            half.mkdir()
+            try:
+                build(half)
+                half.rename(target)
+            finally:
+                shutil.rmtree(half, ignore_errors=True)
+    return target

@@ -1,0 +1,142 @@
+"""Documents of several sources -> the pieces to pack: repeats, shares, ratio of modes, long rows.
+
+Pure arrays, one entry a piece; the tokens themselves stay where they are (`documents`).
+
+    Pool.of(stores) -> repeated -> with_shares | with_ratio -> fitted -> pieces of at most max_tokens
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from smol_post.documents import MODES, RECORD, Store
+from smol_post.packing import split
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pieces of documents: where each lies and what it is. All of shape (num_pieces,)."""
+
+    address: np.ndarray  # over all stores laid end to end
+    length: np.ndarray
+    num_trained: np.ndarray  # without the first token
+    trains_first: np.ndarray
+    mode: np.ndarray
+    source: np.ndarray
+
+    @classmethod
+    def of(cls, stores: Sequence[Store]) -> "Pool":
+        """Every document of the stores, in order."""
+        bases = np.cumsum([0, *(len(store.tokens) for store in stores)])
+        records = [np.asarray(store.records) for store in stores]
+        every = {name: np.concatenate([one[name] for one in records]) for name in RECORD.names or ()}
+        source = np.repeat(np.arange(len(stores)), [len(one) for one in records])
+        return cls(
+            address=every["address"] + bases[source],
+            length=every["length"].astype(np.int64),
+            num_trained=every["num_trained"].astype(np.int64),
+            trains_first=every["trains_first"],
+            mode=every["mode"],
+            source=source,
+        )
+
+    def __len__(self) -> int:
+        """The number of pieces."""
+        return len(self.address)
+
+    def take(self, chosen: np.ndarray) -> "Pool":
+        """The pieces at these indices, or where a mask is true."""
+        return Pool(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
+
+def repeated(pool: Pool, repeats: Sequence[int]) -> Pool:
+    """Each document as often as its source says."""
+    return pool.take(np.repeat(np.arange(len(pool)), np.asarray(repeats)[pool.source]))
+
+
+def with_shares(pool: Pool, shares: Sequence[float], *, seed: int) -> Pool:
+    """The most tokens of which each source has its share (they sum to 1); whole documents, drawn with `seed`.
+
+    Two sources of 60 and 300 tokens, shares .5 and .5: 60 and (up to the last whole document) 60 tokens.
+    """
+    have = np.bincount(pool.source, weights=pool.length, minlength=len(shares))
+    total = (have / shares).min()
+    return _cut(pool, pool.source, np.asarray(shares) * total, seed=seed)
+
+
+def with_ratio(pool: Pool, ratio: float, *, seed: int) -> Pool:
+    """Tokens of think over tokens of no_think at most and at least `ratio`, by leaving documents out.
+
+    Texts stay as they are. 300 think and 100 no_think tokens, ratio 2: 200 and 100.
+    """
+    have = np.bincount(pool.mode, weights=pool.length, minlength=len(MODES))
+    think, no_think = MODES.index("think"), MODES.index("no_think")
+    budgets = have.copy()
+    budgets[think] = min(have[think], ratio * have[no_think])
+    budgets[no_think] = min(have[no_think], have[think] / ratio)
+    return _cut(pool, pool.mode, budgets, seed=seed)
+
+
+def _cut(pool: Pool, kind: np.ndarray, budgets: np.ndarray, *, seed: int) -> Pool:
+    """Of each kind, documents in random order while they stay within its budget of tokens; order is kept."""
+    keep = np.zeros(len(pool), bool)
+    rng = np.random.default_rng(seed)
+    for number, budget in enumerate(budgets):
+        order = rng.permutation(np.flatnonzero(kind == number))
+        keep[order[np.cumsum(pool.length[order]) <= budget + 1e-6]] = True
+    return pool.take(keep)
+
+
+def fitted(
+    pool: Pool, *, max_tokens: int, overlong_rows: str, mask_of: Callable[[int, int], np.ndarray]
+) -> tuple[Pool, dict[str, Pool]]:
+    """Pieces of at most `max_tokens` with something to train, and the documents of which something is lost.
+
+    overlong_rows: "drop"; "truncate" (also naming those cut inside a turn, whose end token is lost); "split"
+    every `max_tokens`; "wrap" leaves them to the packing. `mask_of(address, length)` says which tokens there
+    carry loss. A piece without loss is dropped: nothing would be learned from it.
+    """
+    long, lost = pool.length > max_tokens, {}
+    if overlong_rows == "drop":
+        lost["longer than max_tokens"] = pool.take(long)
+        pool = pool.take(~long)
+    elif overlong_rows == "truncate":
+        lost["truncated"] = cut = pool.take(long)
+        ends = [bool(mask_of(address + max_tokens, 1)[0]) for address in cut.address.tolist()]
+        lost["turn cut"] = cut.take(np.array(ends, bool))
+        pool = _pieces(pool, np.arange(len(pool)), 0 * pool.length, pool.length.clip(max=max_tokens), mask_of)
+    elif overlong_rows == "split":
+        lost["split"] = pool.take(long)
+        pool = _pieces(pool, *split(pool.length, max_tokens), mask_of)
+    idle = pool.num_trained == 0
+    return pool.take(~idle), lost | {"nothing trained": pool.take(idle)}
+
+
+def _pieces(
+    pool: Pool,
+    document: np.ndarray,
+    start: np.ndarray,
+    stop: np.ndarray,
+    mask_of: Callable[[int, int], np.ndarray],
+) -> Pool:
+    """The pieces (document, start, stop) as a pool of their own."""
+    whole = pool.take(document)
+    trained, first = trained_tokens(whole, start, stop, mask_of)
+    return Pool(whole.address + start, stop - start, trained, first, whole.mode, whole.source)
+
+
+def trained_tokens(
+    whole: Pool, start: np.ndarray, stop: np.ndarray, mask_of: Callable[[int, int], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Trained tokens of each piece `whole[i][start:stop]` without its first token, and whether that one is.
+
+    Tokens are looked at only where a piece is a part of a document that is trained in part.
+    """
+    every = whole.num_trained + whole.trains_first == whole.length
+    trained = np.where(every, stop - start - 1, whole.num_trained)
+    first = every | whole.trains_first
+    for at in np.flatnonzero(~every & (stop - start < whole.length)):
+        mask = mask_of(int(whole.address[at] + start[at]), int(stop[at] - start[at]))
+        trained[at], first[at] = mask[1:].sum(), mask[0]
+    return trained, first

@@ -1,0 +1,142 @@
+"""The tokenizer of a run: its parent's, with the tokens, template and end tokens that the recipe brings.
+
+    parent's tokenizer --of_run(recipe)--> Vocabulary(tokenizer, template, text_end, new_ids)
+
+What rows become depends on this and on nothing else of a checkpoint, so that data can be prepared, and looked
+at, before any parent is trained.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from smol_post import chat, synthetic
+from smol_post.config import ApoRecipe, MidRecipe, SftRecipe, Training
+from smol_post.refusal import Refusal
+
+END_OF_TEXT = "<|endoftext|>"
+SPECIAL = [END_OF_TEXT, "<|im_start|>", chat.END_OF_TURN]
+THINK = ["<think>", "</think>"]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How a run writes rows as tokens; `new_ids` are the tokens that its parent did not have."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str | None
+    text_end: str
+    new_ids: list[int]
+
+
+def of_run(recipe: Training, tokenizer: PreTrainedTokenizerBase, *, folder: Path) -> Vocabulary:
+    """The parent's `tokenizer`, changed in place into that of a run; templates count from `folder`.
+
+    Mid-training and SFT make it a chat tokenizer: their template is saved with it and `<|im_end|>` is its
+    eos. Raises Refusal where there is no template to train with, or the vocabulary lacks a token that the
+    template or a text wants.
+    """
+    text_end = getattr(recipe, "text_end", None) or str(tokenizer.eos_token)
+    new = [token for token in getattr(recipe, "add_tokens", []) if token not in tokenizer.get_vocab()]
+    added: list[str | AddedToken] = [
+        AddedToken(token, special=token.startswith("<|"), normalized=False) for token in new
+    ]
+    tokenizer.add_tokens(added)
+    name = getattr(recipe, "chat_template", None)
+    template = chat.load_template(name, folder=folder) if name else None
+    if isinstance(recipe, ApoRecipe):
+        template = template or tokenizer.chat_template
+        if not isinstance(template, str):
+            raise Refusal("chat_template: the parent's tokenizer has none; set chat_template: smol_post")
+    if template:
+        _require_tokens(tokenizer, template)
+    if text_end not in tokenizer.get_vocab():
+        raise Refusal(f"text_end: the vocabulary has no token {text_end!r}; name the one that ends a text")
+    if isinstance(recipe, MidRecipe | SftRecipe | ApoRecipe):
+        tokenizer.chat_template = template
+    if isinstance(recipe, MidRecipe | SftRecipe):
+        tokenizer.eos_token = chat.END_OF_TURN
+    return Vocabulary(tokenizer, template, text_end, [token_id(tokenizer, token) for token in new])
+
+
+def _require_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    wanted = set(re.findall(r"<\|\w+\|>|</?think>", template))
+    if lacking := sorted(wanted - tokenizer.get_vocab().keys()):
+        raise Refusal(
+            f"the vocabulary lacks {', '.join(lacking)}, which the chat template writes; "
+            "add them in the first run of the chain (add_tokens: [...])"
+        )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in a checkpoint; Refusal where there is none, or one that cannot be trusted."""
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise Refusal(
+            f"{folder}: no loadable tokenizer ({str(error).splitlines()[0]}); save one there"
+        ) from None
+    if not isinstance(loaded, PreTrainedTokenizerFast):
+        raise Refusal(
+            f"{folder}: found a slow tokenizer ({type(loaded).__name__}), wanted a tokenizer.json; convert it"
+        )
+    loaded.backend_tokenizer.no_truncation()  # rows are cut by the recipe, not by a file of the parent
+    loaded.backend_tokenizer.no_padding()
+    return loaded
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of one token of the vocabulary."""
+    return tokenizer.get_vocab()[token]
+
+
+def train_tokenizer(texts: Iterator[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with single digits and the tokens of ChatML; think tags stay visible when decoded.
+
+    `vocab_size` is an upper bound: training stops early where the text has no more pairs to merge.
+    """
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(THINK),
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(texts, trainer)
+    made.add_tokens([AddedToken(token, special=False, normalized=False) for token in THINK])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_tokenizer(*, vocab_size: int, seed: int, date_string: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of the tiny base: trained in seconds on texts of each kind that its recipe trains on."""
+    return train_tokenizer(_corpus(seed, date_string=date_string), vocab_size=vocab_size)
+
+
+def _corpus(seed: int, *, date_string: str, num_rows: int = 2000) -> Iterator[str]:
+    """Texts of the generators, chats as the dual-mode template writes them."""
+    template = chat.load_template("smol_post")
+    kinds = {
+        "needles": {"num_tokens": 200},
+        "arithmetic_text": {},
+        "reasoning_chats": {},
+        "dual_mode_chats": {},
+    }
+    for name, options in kinds.items():
+        for row in synthetic.generate(name, num_rows=num_rows, seed=seed, **options):
+            if "messages" in row:
+                yield chat.render_chat(row, template=template, date_string=date_string)
+            else:
+                yield row["prompt"] + row["completion"]
