@@ -1,31 +1,34 @@
 """Chats to token ids: a dataset row and a template in, `input_ids` and which of them are trained out."""
 
-import difflib
-import json
 import re
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, chain, islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from smol_post.encoding import Intervals, encode
+from smol_post.messages import (
+    END_OF_TURN,
+    REASONING_KEYS,
+    TOOL_KEYS,
+    Messages,
+    Row,
+    clean_row,
+    clean_variables,
+    function_of,
+    json_text,
+    short,
+    split_pair,
+)
 from smol_post.refusal import Refusal
 
 Mode = Literal["think", "no_think"]
 Label = Literal["think", "no_think", "text"]  # text: a row without a mode, of a template that knows none
-Row = Mapping[str, Any]
-Messages = list[dict[str, Any]]
-Intervals = list[tuple[int, int]]  # [start, stop), in order
 
 TEMPLATES = Path(__file__).parent / "templates"
 TEMPLATE_NAMES = ("smol_post", "chatml")
-END_OF_TURN = "<|im_end|>"
-CONTROL_TOKENS = ("<|im_start|>", END_OF_TURN)
-TOOL_KEYS = ("tools", "xml_tools", "python_tools")
-TEMPLATE_KEYS = ("enable_thinking", *TOOL_KEYS, "custom_instructions", "date_string")
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # transformers takes each for thoughts
 _FLAG = re.compile(r"(?<!\S)(/think|/no_think|/system_override)(?!\S)")
 
 
@@ -137,12 +140,11 @@ def encode_chats(
             turns, prompt = _assistant_turns(chat, spans), _generation_prompt(how, chat.mode)
             for i, (start, _) in zip(turns, spans, strict=True):
                 if not text.endswith(prompt, 0, start):
-                    opening = _short(text[start : start + 20])
                     raise ValueError(
-                        f"messages[{i}] (assistant): the answer begins {opening} before generation would: "
-                        f"in mode {chat.mode} it begins after {prompt!r}"
+                        f"messages[{i}] (assistant): the answer begins {short(text[start:])} before "
+                        f"generation would: in mode {chat.mode} it begins after {prompt!r}"
                     )
-    encoded = _encode(rendered, tokenizer)
+    encoded = encode(rendered, tokenizer)
     return [
         EncodedRow(ids, [(0, len(ids))] if loss_on == "all" else trained, chat.mode, text)
         for chat, (text, _), (ids, trained) in zip(chats, rendered, encoded, strict=True)
@@ -178,13 +180,13 @@ def encode_pairs(
     how = _how(tokenizer, template, date_string, mode)
     chats, answered = [], []  # the prompt of each row; with its chosen answer, with its rejected answer
     for row in rows:
-        prompt, *answers = _split_pair(row)
-        chats.append(_chat(prompt, _clean_variables(row), how))
+        prompt, *answers = split_pair(row)
+        chats.append(_chat(prompt, clean_variables(row), how))
         answered += [chats[-1]._replace(messages=[*prompt, answer]) for answer in answers]
     texts: list[tuple[str, Intervals]] = [(text, []) for text, _ in _render(chats, how, prompt=True)]
     for chat, (text, spans) in zip(answered, _render(answered, how), strict=True):
         texts.append((text, spans[_assistant_turns(chat, spans).index(len(chat.messages) - 1) :]))
-    encoded = list(_encode(texts, tokenizer))
+    encoded = list(encode(texts, tokenizer))
     answers, end_id = iter(encoded[len(chats) :]), tokenizer.convert_tokens_to_ids(END_OF_TURN)
     pairs = []
     for chat, (prompt_text, _), (prompt_ids, _) in zip(chats, texts, encoded, strict=False):
@@ -245,203 +247,6 @@ def check_masks(rows: Iterable[Row], tokenizer: Any, **how: Any) -> None:
                     f"the template's generation spans and prefix rendering disagree at token {i} "
                     f"({tokenizer.decode(token)!r}): spans say {say[spans]}, prefixes say {say[prefixes]}"
                 )
-
-
-# Rows: what a dataset holds, made clean
-
-
-def clean_row(row: Row) -> tuple[Messages, dict[str, Any]]:
-    """Messages and template variables of a dataset row, free of what Arrow and JSON did to them.
-
-    Arrow fills missing keys with nulls, and a null `enable_thinking` would read as false; so nulls go. Tools
-    come as dicts, as a list of JSON texts or as one JSON text, and leave as dicts (`tools`) or one text each.
-    Nulls inside JSON text were written by a person and stay.
-
-    >>> clean_row({"messages": [{"role": "user", "content": "Hi", "tool_calls": None}], "source": "x",
-    ...            "chat_template_kwargs": {"enable_thinking": None, "xml_tools": '[{"name":"f"}]'}})
-    ([{'role': 'user', 'content': 'Hi'}], {'xml_tools': ['{"name": "f"}']})
-
-    Raises ValueError: no messages, content that is not text or holds a control token, an unknown or
-    contradictory variable, tools or calls that are not JSON objects.
-    """
-    if not row.get("messages"):
-        found = f"messages is {row['messages']!r}" if "messages" in row else ", ".join(row) or "no columns"
-        raise ValueError(f"no messages: the row has {found}")
-    return _clean_messages(row["messages"], "messages"), _clean_variables(row)
-
-
-def _clean_messages(messages: Any, where: str) -> Messages:
-    """Messages without null keys; the arguments of tool calls as an object or as canonical JSON text."""
-    if not isinstance(messages, list):
-        raise ValueError(f"{where}: wanted a list of messages, found {_short(messages)}")
-    cleaned = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise ValueError(f"{where}[{i}]: wanted a message, found {_short(message)}")
-        message = {key: value for key, value in message.items() if value is not None}
-        if not isinstance(message.get("role"), str):
-            raise ValueError(f"{where}[{i}]: no role, only {', '.join(message) or 'nulls'}")
-        here = f"{where}[{i}] ({message['role']})"
-        if message.get("tool_calls"):
-            message["tool_calls"] = _clean_calls(message["tool_calls"], f"{here}: tool_calls")
-        elif "content" not in message:
-            raise ValueError(f"{here}: neither content nor tool calls")
-        for key in ("content", *REASONING_KEYS):
-            if key in message:
-                _check_text(message[key], here, key)
-        cleaned.append(message)
-    return cleaned
-
-
-def _clean_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-        raise ValueError(f"{where}: wanted a list of objects, found {_short(calls)}")
-    calls = _without_nulls(calls)
-    for call in calls:
-        inner = _function(call)
-        if not isinstance(inner.get("name"), str):
-            raise ValueError(f"{where}: a tool call has no name, only {', '.join(inner) or 'nulls'}")
-        if isinstance(inner.get("arguments"), str):
-            inner["arguments"] = _json(_parse(inner["arguments"] or "{}", f"{where}: arguments"), where)
-        elif not isinstance(inner.get("arguments", {}), dict):
-            found = _short(inner["arguments"])
-            raise ValueError(f"{where}: arguments: wanted an object or JSON text, found {found}")
-        _check_text(_json(call, where), where, "JSON")
-    return calls
-
-
-def _clean_variables(row: Row) -> dict[str, Any]:
-    """Template variables from `chat_template_kwargs` (dict, JSON text, null) and columns so named."""
-    given = row.get("chat_template_kwargs") or {}
-    given = _parse(given, "chat_template_kwargs") if isinstance(given, str) else given
-    if not isinstance(given, Mapping):
-        raise ValueError(f"chat_template_kwargs: wanted an object, found {_short(given)}")
-    for key in given:
-        if key not in TEMPLATE_KEYS:
-            close = difflib.get_close_matches(key, TEMPLATE_KEYS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(TEMPLATE_KEYS)}"
-            raise ValueError(f"chat_template_kwargs: unknown key {key!r}; {hint}")
-    variables: dict[str, Any] = {}
-    for key in TEMPLATE_KEYS:
-        value, column = given.get(key), row.get(key)
-        if value is not None and column is not None and value != column:
-            found = f"the column says {_short(column)}, chat_template_kwargs {_short(value)}"
-            raise ValueError(f"{key}: {found}; drop one")
-        value = column if value is None else value
-        if value is None:
-            continue
-        if key in TOOL_KEYS:
-            texts = list(_tool_texts(value, key))
-            value = [json.loads(text) for text in texts] if key == "tools" else texts
-        elif key != "enable_thinking":
-            _check_text(value, key, "value")
-        elif not isinstance(value, bool):
-            raise ValueError(f"{key}: wanted true or false, found {_short(value)}")
-        if value is False or value:
-            variables[key] = value
-    return variables
-
-
-def _tool_texts(value: Any, key: str) -> Iterator[str]:
-    """Every tool in `value`, however nested and encoded, as canonical JSON (python_tools: or plain text)."""
-    text = value if isinstance(value, str) else None
-    if text is not None:
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            if key != "python_tools":
-                raise ValueError(f"{key}: not JSON ({error}): {_short(text)}") from None
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _tool_texts(item, key)
-        return
-    if isinstance(value, Mapping):
-        text = _json(value if text is not None else _without_nulls(value), key)
-    elif value is not None and (text is None or key != "python_tools"):
-        raise ValueError(f"{key}: wanted JSON objects, found {_short(value)}")
-    if text is not None:
-        _check_text(text, key, "tool")
-        yield text
-
-
-def _split_pair(row: Row) -> tuple[Messages, dict[str, Any], dict[str, Any]]:
-    """The prompt's messages, and one assistant message each for chosen and rejected."""
-    sides = {}
-    for key, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
-        value = row.get(key) or []
-        value = [{"role": role, "content": value}] if isinstance(value, str) else value
-        sides[key] = _clean_messages(value, key)
-    prompt, chosen, rejected = sides.values()
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    if shared and (not prompt or chosen[0]["role"] != "assistant"):
-        one_of_them = isinstance(row.get("prompt"), str) and prompt[:1] and prompt[0] in chosen[:shared]
-        if not one_of_them and prompt != chosen[: len(prompt)]:
-            raise ValueError("chosen and rejected hold the whole conversation, but another one than prompt")
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    if not prompt:
-        raise ValueError("no prompt: give the column prompt, or whole conversations in chosen and rejected")
-    if chosen == rejected:
-        raise ValueError("chosen and rejected are equal")
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        if [message["role"] for message in answer] != ["assistant"]:
-            found = ", ".join(message["role"] for message in answer) or "nothing"
-            raise ValueError(f"{name}: wanted one assistant turn after the shared prompt, found {found}")
-    return prompt, chosen[0], rejected[0]
-
-
-def _check_text(text: Any, where: str, what: str) -> None:
-    """ValueError where this is not text, or not text that is encoded as text."""
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: wanted text as {what}, found {_short(text)}")
-    for token in CONTROL_TOKENS:
-        if token in text:
-            raise ValueError(
-                f"{where}: the text holds the control token {token}; it would be encoded as one: take it out"
-            )
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            near = text[max(0, error.start - 10) : error.start + 10]
-            raise ValueError(f"{where}: half a surrogate pair, which is no character: {near!r}") from None
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        parsed = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error}): {_short(text)}") from None
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{where}: wanted a JSON object, found {_short(text)}")
-    return parsed
-
-
-def _json(value: Any, where: str = "") -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: not JSON ({error}): {_short(value)}") from None
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _function(tool: dict[str, Any]) -> dict[str, Any]:
-    """The inside of an OpenAI-style tool or tool call, or all of a flat one."""
-    return tool["function"] if isinstance(tool.get("function"), dict) else tool
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-# Text: what the template makes of a row, held against the row
 
 
 def mode_of(messages: Messages, variables: Mapping[str, Any], declared: Mode | None = None) -> Mode | None:
@@ -537,17 +342,17 @@ def _check_kept(chat: _Chat, text: str) -> None:
             part = part.strip()
             found = text.find(part, position, end)
             if found < 0:
-                raise ValueError(f"messages[{i}] ({message['role']}): the chat template lost {_short(part)}")
+                raise ValueError(f"messages[{i}] ({message['role']}): the chat template lost {short(part)}")
             position = found + len(part)
     for key, value in chat.variables.items():
         parts = [value] if key == "custom_instructions" else []
         if key in TOOL_KEYS and "/system_override" not in _flags(chat.messages):
             parts = [
-                tool if isinstance(tool, str) else str(_function(tool).get("name", "")) for tool in value
+                tool if isinstance(tool, str) else str(function_of(tool).get("name", "")) for tool in value
             ]
         for part in parts:
             if part.strip() not in text:
-                raise ValueError(f"{key}: the chat template lost {_short(part)}")
+                raise ValueError(f"{key}: the chat template lost {short(part)}")
 
 
 def _parts(message: dict[str, Any], *, leading: bool) -> list[str]:
@@ -565,8 +370,8 @@ def _parts(message: dict[str, Any], *, leading: bool) -> list[str]:
     elif leading and message["role"] == "system":
         parts = _FLAG.split(parts[0])[::2]
     for call in message.get("tool_calls", ()):
-        name, arguments = _function(call)["name"], _function(call).get("arguments") or ""
-        parts += [_json(name)[1:-1], arguments if isinstance(arguments, str) else _json(arguments)]
+        name, arguments = function_of(call)["name"], function_of(call).get("arguments") or ""
+        parts += [json_text(name)[1:-1], arguments if isinstance(arguments, str) else json_text(arguments)]
     return parts
 
 
@@ -591,107 +396,3 @@ def _generation_prompt(how: _How, mode: Label) -> str:
     if text == without or not text.startswith(without):
         raise ValueError("the chat template adds nothing to the end of a chat for add_generation_prompt")
     return text[len(without) :]
-
-
-# Tokens: what the tokenizer makes of texts, and where their spans lie
-
-
-def _encode(
-    rendered: Sequence[tuple[str, Intervals]], tokenizer: Any
-) -> Iterator[tuple[list[int], Intervals]]:
-    """Token ids of each text, nothing added and nothing cut, and the tokens of its spans of characters.
-
-    Where a token's bytes follow from its id, their sums are the borders of the tokens of all texts. Here the
-    token u umlaut has two; the span of the characters [2, 13) is [3, 14) in bytes and [2, 4) in tokens:
-
-        token          a  u  b  <|im_end|>  \\n  next text ...
-        bytes before   0  1  3  4           14  15
-
-    A text whose sum is not its length, and one with a border inside a token, is encoded by offsets.
-    """
-    from numpy import concatenate, fromiter, where
-
-    backend = tokenizer.backend_tokenizer
-    added = backend.get_added_tokens_decoder()
-    lengths = _byte_lengths(backend, tuple((i, token.content) for i, token in added.items()))
-    if lengths is None:
-        yield from _encode_by_offsets(rendered, tokenizer)
-        return
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = tokenizer.split_special_tokens
-    encodings = backend.encode_batch_fast([text for text, _ in rendered], add_special_tokens=False)
-    ids = [encoding.ids for encoding in encodings]
-    starts = list(accumulate(map(len, ids), initial=0))
-    before = concatenate([[0], lengths[fromiter(chain.from_iterable(ids), int)].cumsum()])
-    first_bytes = zip(before[starts].tolist(), rendered, strict=False)
-    borders = [[first + border for border in _byte_borders(*one)] for first, one in first_bytes]
-    wanted = list(chain.from_iterable(borders))
-    tokens = before.searchsorted(wanted).clip(max=len(before) - 1)
-    tokens = iter(where(before[tokens] == wanted, tokens, -1).tolist())
-    for i, one in enumerate(rendered):
-        *inner, last = (token - starts[i] for token in islice(tokens, len(borders[i])))
-        if last == len(ids[i]) and min(inner, default=0) >= 0:
-            yield ids[i], list(zip(inner[::2], inner[1::2], strict=True))
-        else:
-            yield from _encode_by_offsets([one], tokenizer)
-
-
-def _byte_borders(text: str, spans: Intervals) -> list[int]:
-    """The borders of the spans and the end of the text, in bytes.
-
-    >>> _byte_borders("a\\u00fcb", [(1, 2)])
-    [1, 3, 4]
-    """
-    borders = [*chain.from_iterable(spans), len(text)]
-    if text.isascii():
-        return borders
-    return list(accumulate(len(text[start:stop].encode()) for start, stop in pairwise([0, *borders])))
-
-
-@lru_cache(maxsize=4)
-def _byte_lengths(backend: Any, added: tuple[tuple[int, str], ...]) -> Any:
-    """How many bytes of text each token id stands for (an array); None where the vocabulary does not say.
-
-    A byte-level vocabulary writes each byte as one character (a space as U+0120), so an entry of four
-    characters is four bytes. An added token is written as it is.
-    """
-    from numpy import fromiter, zeros
-    from tokenizers import decoders, models, pre_tokenizers
-
-    vocabulary = backend.get_vocab(with_added_tokens=False)
-    if not (
-        isinstance(backend.model, models.BPE)
-        and not (backend.model.continuing_subword_prefix or backend.model.end_of_word_suffix)
-        and backend.normalizer is None
-        and isinstance(backend.decoder, decoders.ByteLevel)
-        and "ByteLevel(add_prefix_space=False" in repr(backend.pre_tokenizer)
-        and vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet())
-    ):
-        return None
-    lengths = zeros(1 + max([*vocabulary.values(), *(i for i, _ in added)]), int)
-    lengths[fromiter(vocabulary.values(), int)] = fromiter(map(len, vocabulary), int)
-    for i, content in added:
-        lengths[i] = len(content.encode())
-    return lengths
-
-
-def _encode_by_offsets(
-    rendered: Sequence[tuple[str, Intervals]], tokenizer: Any
-) -> Iterator[tuple[list[int], Intervals]]:
-    """The same with any fast tokenizer, by the characters of each token; ValueError for one across a border.
-
-    A token of no width (the tokenizer trimmed its spaces) lies before its offset.
-    """
-    texts = [text for text, _ in rendered]
-    encoding = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    parts = zip(rendered, encoding["input_ids"], encoding["offset_mapping"], strict=True)
-    for (text, spans), ids, offsets in parts:
-        borders, rights = list(chain.from_iterable(spans)), [right for _, right in offsets]
-        tokens = [bisect_right(rights, border) for border in borders]
-        for border, i in zip(borders, tokens, strict=True):
-            if i < len(offsets) and offsets[i][0] < border:
-                left, right = offsets[i]
-                token, near = text[left:right], text[max(0, left - 20) : right + 20]
-                raise ValueError(f"the token {token!r} lies across the border of a trained span: {near!r}")
-        yield ids, list(zip(tokens[::2], tokens[1::2], strict=True))

@@ -33,7 +33,7 @@ from smol_post.vocabulary import Vocabulary
 
 IGNORED = -100
 # The source text of what makes tokens, and of what makes packs of them, is part of the address.
-_TOKEN_CODE = ("sources.py", "chat.py", "encoding.py", "documents.py", "synthetic.py")
+_TOKEN_CODE = ("sources.py", "messages.py", "chat.py", "encoding.py", "documents.py", "synthetic.py")
 _PACK_CODE = ("mixture.py", "packing.py", "data.py")
 
 

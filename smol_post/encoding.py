@@ -46,6 +46,8 @@ def encode(
 
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = tokenizer.split_special_tokens
+    backend.no_truncation()  # left over from another call
+    backend.no_padding()
     added = backend.get_added_tokens_decoder()
     made = _byte_level(backend, tuple((i, token.content) for i, token in added.items()))
     if made is None:
@@ -94,7 +96,7 @@ def _byte_level(backend: Any, added: tuple[tuple[int, str], ...]) -> "_ByteLevel
     plain = (
         model["type"] == "BPE"
         and not any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
-        and spec["normalizer"] is spec["truncation"] is spec["padding"] is None
+        and spec["normalizer"] is None
         and (spec["decoder"] or {}).get("type") == "ByteLevel"
         and any(step["type"] == "ByteLevel" and not step["add_prefix_space"] for step in steps)
         and model["vocab"].keys() >= set(pre_tokenizers.ByteLevel.alphabet())

@@ -24,7 +24,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from smol_post import chat
+from smol_post import chat, encoding
+from smol_post import messages as rows
 from smol_post.chat import (
     check_masks,
     clean_row,
@@ -431,6 +432,7 @@ def test_encoding_leaves_the_row_as_it_was() -> None:
 # Spans to tokens
 
 
+ALPHABET = set(pre_tokenizers.ByteLevel.alphabet())
 ALPHABETS = [
     "ab 1\n.",
     "äßÜéñ",
@@ -470,8 +472,8 @@ def test_tokens_found_by_bytes_are_those_found_by_characters(digits: bool) -> No
     vocabulary.add_tokens(["漢字", AddedToken("é.", normalized=False)])
     chats = random_chats(random.Random(0), 400)
     assert sum(not text.isascii() for text, _ in chats) > 200
-    encoded = list(chat._encode(chats, vocabulary))
-    assert encoded == list(chat._encode_by_offsets(chats, vocabulary))
+    encoded = list(encoding.encode(chats, vocabulary))
+    assert encoded == list(encoding._encode_by_offsets(chats, vocabulary))
     texts = [text for text, _ in chats]
     assert [ids for ids, _ in encoded] == vocabulary(texts, add_special_tokens=False)["input_ids"]
 
@@ -483,16 +485,16 @@ def without_offsets(vocabulary: PreTrainedTokenizerFast) -> SimpleNamespace:
 
 def test_a_byte_level_vocabulary_needs_no_offsets() -> None:
     chats = random_chats(random.Random(1), 50)
-    expected = list(chat._encode_by_offsets(chats, tokenizer()))
-    assert list(chat._encode(chats, without_offsets(tokenizer()))) == expected
+    expected = list(encoding._encode_by_offsets(chats, tokenizer()))
+    assert list(encoding.encode(chats, without_offsets(tokenizer()))) == expected
 
 
 def test_tokens_added_later_have_their_own_bytes() -> None:
     vocabulary, chats = copy.deepcopy(tokenizer()), [("größer <|im_start|>größte<|im_end|>", [(19, 35)])]
-    before = list(chat._encode(chats, vocabulary))
+    before = list(encoding.encode(chats, vocabulary))
     vocabulary.add_tokens(["größ"])
-    after = list(chat._encode(chats, without_offsets(vocabulary)))
-    assert after == list(chat._encode_by_offsets(chats, vocabulary))
+    after = list(encoding.encode(chats, without_offsets(vocabulary)))
+    assert after == list(encoding._encode_by_offsets(chats, vocabulary))
     assert len(after[0][0]) < len(before[0][0])
 
 
@@ -528,21 +530,50 @@ def test_other_tokenizers_are_exact_too(kind: str) -> None:
         ("cba", []),
     ]
     vocabulary = odd(kind)
-    encoded = list(chat._encode(chats, vocabulary))
-    assert encoded == list(chat._encode_by_offsets(chats, vocabulary))
+    encoded = list(encoding.encode(chats, vocabulary))
+    assert encoded == list(encoding._encode_by_offsets(chats, vocabulary))
     ids = vocabulary([text for text, _ in chats], add_special_tokens=False)["input_ids"]
     assert [one for one, _ in encoded] == ids
     assert all(spans or not trained for (_, spans), (_, trained) in zip(chats, encoded, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["prefix space", "unknown bytes", "word starts", "normalizer"])
+def test_bytes_that_only_add_up_by_chance_are_not_believed(kind: str) -> None:
+    """A token that is longer than its text, then one that swallows as many spaces."""
+    entries = sorted(ALPHABET - ({"Z"} if kind == "unknown bytes" else set()))
+    entries += ["<unk>", *(f"##{entry}" for entry in ALPHABET)]
+    ids = {entry: i for i, entry in enumerate(entries)}
+    marks: Any = {"continuing_subword_prefix": "##"} if kind == "word starts" else {}
+    bpe = Tokenizer(models.BPE(ids, [], unk_token="<unk>", **marks))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "prefix space")
+    if kind == "normalizer":
+        bpe.normalizer = normalizers.Replace("a", "bb")
+    bpe.add_tokens([AddedToken("<|x|>", lstrip=True)])
+    vocabulary = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    text = {"prefix space": "ab", "unknown bytes": "Z   ", "word starts": "ab ", "normalizer": "a"}[
+        kind
+    ] + " <|x|>"
+    start = text.index("<")
+    with pytest.raises(ValueError, match="lies across the border"):
+        list(encoding.encode([(text, [(start, start + 5)])], vocabulary))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_text_shorter_than_its_tokens_takes_none_of_its_neighbours(order: int) -> None:
+    chats = [("a <|x|>b<|im_end|>", [(7, 18)]), ("b <|im_end|>", [(0, 12)])][::order]
+    vocabulary = odd("swallows spaces")
+    assert list(encoding.encode(chats, vocabulary)) == list(encoding._encode_by_offsets(chats, vocabulary))
+
+
 def test_nothing_is_cut_or_padded_or_split_otherwise_than_the_tokenizer_does() -> None:
     vocabulary, texts = copy.deepcopy(tokenizer()), ["<|im_start|>a", "b <|im_end|> and more of it"]
     expected = vocabulary(texts, add_special_tokens=False)["input_ids"]
-    vocabulary.backend_tokenizer.enable_truncation(3)
-    vocabulary.backend_tokenizer.enable_padding()
-    assert [ids for ids, _ in chat._encode([(text, []) for text in texts], vocabulary)] == expected
-    vocabulary.backend_tokenizer.encode_special_tokens = True
-    assert [ids for ids, _ in chat._encode([(text, []) for text in texts], vocabulary)] == expected
+    backend, chats = vocabulary.backend_tokenizer, [(text, []) for text in texts]
+    for spoil in (lambda: backend.enable_truncation(3), backend.enable_padding):
+        spoil()
+        assert [ids for ids, _ in encoding.encode(chats, without_offsets(vocabulary))] == expected
+    backend.encode_special_tokens = True
+    assert [ids for ids, _ in encoding.encode(chats, vocabulary)] == expected
 
 
 # Modes
@@ -683,7 +714,7 @@ def test_text_that_only_stands_in_other_turns_is_lost(turn: int, role: str) -> N
     row = {
         "messages": [say("system", "yes"), say("user", "yes"), say("assistant", "yes"), say("user", "yes")]
     }
-    content = "message['content']"
+    content = "message.content"
     lossy = load_template("chatml").replace(content, f"('' if loop.index0 == {turn} else {content})")
     with pytest.raises(ValueError, match=rf"^messages\[{turn}\] \({role}\): the chat template lost 'yes'$"):
         encode_chat(row, tokenizer(), date_string=DATE, template=lossy)
@@ -694,8 +725,13 @@ def test_parts_are_found_in_templates_without_our_headers() -> None:
     row = {"messages": [say("user", "1"), say("assistant", "<think>2</think>3"), say("user", "4")]}
     assert render_chat(row, template=plain, date_string=DATE) == "user: 1assistant: <think>2</think>3user: 4"
     lossy = plain.replace("m.content", "m.content.replace('3', '')")
+    for answer in ("<think>2</think>3", "<think>3</think>3"):
+        row["messages"][1] = say("assistant", answer)
+        with pytest.raises(ValueError, match=r"^messages\[1\] \(assistant\): the chat template lost '3'$"):
+            render_chat(row, template=lossy, date_string=DATE)
+    once = plain.replace("m.content", "m.content.replace('</think>3', '</think>')")
     with pytest.raises(ValueError, match=r"^messages\[1\] \(assistant\): the chat template lost '3'$"):
-        render_chat(row, template=lossy, date_string=DATE)
+        render_chat(row, template=once, date_string=DATE)
 
 
 @pytest.mark.parametrize("system", ["Whisper.", "/system_override", "/system_override Whisper."])
@@ -809,8 +845,8 @@ def test_spans_and_prefixes_give_one_mask(messages: list[Any], template: str) ->
 
 
 def test_the_end_of_a_turn_left_untrained_is_caught() -> None:
-    end = "      {{- '<|im_end|>' -}}\n    {%- endgeneration -%}"
-    template = planted(end, "    {%- endgeneration -%}{{- '<|im_end|>' -}}")
+    end = " ~ '<|im_end|>' -}}\n    {%- endgeneration -%}"
+    template = planted(end, " -}}\n    {%- endgeneration -%}{{- '<|im_end|>' -}}")
     complaint = r"disagree at token \d+ \('<\|im_end\|>'\): spans say not, prefixes say trained$"
     with pytest.raises(ValueError, match=complaint):
         check_masks([ROW], tokenizer(), date_string=DATE, template=template, mode="no_think")
@@ -834,7 +870,9 @@ def test_a_header_inside_the_span_is_caught() -> None:
 
 def test_a_template_that_rewrites_earlier_turns_has_no_prefix_mask() -> None:
     template = planted(
-        "{%- if role == 'assistant' -%}", "{%- if role == 'assistant' -%}{{- '!' if loop.last -}}", "chatml"
+        "{%- if message.role == 'assistant' -%}",
+        "{%- if message.role == 'assistant' -%}{{- '!' if loop.last -}}",
+        "chatml",
     )
     row = {"messages": [*ROW["messages"], *ROW["messages"]]}
     with pytest.raises(ValueError, match=r"^messages\[1\] \(assistant\): the render up to it is no prefix"):
@@ -1081,6 +1119,7 @@ def test_a_batch_of_pairs_is_its_pairs_one_by_one(thinking: bool) -> None:
         ({"chosen": "5", "rejected": "6"}, "^no prompt: give the column prompt"),
         (PAIR | {"rejected": "5"}, "^chosen and rejected are equal$"),
         (PAIR | {"rejected": "\n 5"}, "^chosen and rejected are equal$"),
+        (PAIR | {"chosen": [*HI, YO], "rejected": [*HI, YO]}, "^chosen and rejected are equal$"),
         (
             {"prompt": "Hi", "chosen": "5"},
             "^rejected: wanted one assistant turn after the shared prompt, found nothing$",
@@ -1136,9 +1175,10 @@ def test_what_the_template_loses_of_a_pair_is_told(lost: str) -> None:
 
 
 def test_the_text_prompt_of_whole_conversations_is_one_of_their_messages() -> None:
-    chosen, rejected = [[*HI, say("assistant", answer)] for answer in "56"]
+    shared = [say("system", "Brief."), *HI]
+    chosen, rejected = [[*shared, say("assistant", answer)] for answer in "56"]
     whole = {"chosen": chosen, "rejected": rejected, "enable_thinking": True}
-    assert pair(prompt="Hi", **whole) == pair(**whole)
+    assert pair(prompt="Hi", **whole) == pair(prompt=shared, **whole) == pair(**whole)
 
 
 def test_a_pair_needs_an_end_of_turn_that_is_one_token() -> None:
@@ -1148,7 +1188,7 @@ def test_a_pair_needs_an_end_of_turn_that_is_one_token() -> None:
 
 def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(chat).failed == 0
-    assert doctest.testmod(chat).attempted >= 7
+    assert doctest.testmod(rows).failed == 0
 
 
 def test_importing_chat_loads_no_heavy_library() -> None:

@@ -15,7 +15,7 @@ PACKAGE = Path(smol_post.__file__).parent
 STAGES = {"base", "long_context", "mid", "sft", "apo", "merge", "evals"}
 LAYERS = [
     {"__init__", "refusal", "trainer_block", "config", "manifest"},
-    {"plan", "runner", "chat", "encoding", "synthetic", "report", "points", "plots", "hub"},
+    {"plan", "runner", "chat", "messages", "encoding", "synthetic", "report", "points", "plots", "hub"},
     {"packing", "vocabulary", "sources", "documents", "mixture", "data", "inspection", "model", "attention"},
     {"training", "scoring", "trl_fields"},
     STAGES,

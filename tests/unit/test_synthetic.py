@@ -182,7 +182,5 @@ def test_questions_carry_the_answer_that_must_stand():
 
 
 def test_the_tokenizer_sees_every_word_of_the_recipe():
-    words = set(
-        re.findall(r"\w+", " ".join(vocabulary._corpus(0, date_string="01 July 2025", num_rows=300)))
-    )
+    words = set(re.findall(r"\w+", " ".join(vocabulary._corpus(0, date_string="01 July 2025", num_rows=300))))
     assert words >= set(synthetic.VALUES) | set(synthetic.FILLER) | {"Metadata", "Custom", "calc", "Now"}
