@@ -49,7 +49,8 @@ def encode(
     backend.no_truncation()  # left over from another call
     backend.no_padding()
     added = backend.get_added_tokens_decoder()
-    made = _byte_level(backend, tuple((i, token.content) for i, token in added.items()))
+    contents = tuple((i, token.content) for i, token in added.items())
+    made = _byte_level(backend, contents, tokenizer.split_special_tokens)
     if made is None:
         yield from _encode_by_offsets(rendered, tokenizer)
         return
@@ -83,8 +84,10 @@ def _byte_borders(text: str, spans: Intervals) -> list[int]:
 
 
 @lru_cache(maxsize=4)
-def _byte_level(backend: Any, added: tuple[tuple[int, str], ...]) -> "_ByteLevel | None":
+def _byte_level(backend: Any, added: tuple[tuple[int, str], ...], split: bool) -> "_ByteLevel | None":
     """The tokenizer as a byte-level one, for as long as it has these added tokens; None where it is another.
+
+    `split`: added tokens are split as other text is.
 
     A byte-level vocabulary writes each byte as one character (a space as U+0120).
     """
@@ -110,7 +113,7 @@ def _byte_level(backend: Any, added: tuple[tuple[int, str], ...]) -> "_ByteLevel
         and all(step.get("behavior", "Isolated") == "Isolated" and not step.get("invert") for step in steps)
         and any(cuts)
         and not any(one["lstrip"] or one["rstrip"] or one["single_word"] for one in spec["added_tokens"])
-        and not backend.encode_special_tokens
+        and not split
     )
     return _ByteLevel(backend, model["vocab"], added, by_words=words)
 

@@ -4,6 +4,7 @@ import doctest
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -546,6 +547,7 @@ def test_bytes_that_only_add_up_by_chance_are_not_believed(kind: str) -> None:
     marks: Any = {"continuing_subword_prefix": "##"} if kind == "word starts" else {}
     bpe = Tokenizer(models.BPE(ids, [], unk_token="<unk>", **marks))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "prefix space")
+    bpe.decoder = decoders.ByteLevel()
     if kind == "normalizer":
         bpe.normalizer = normalizers.Replace("a", "bb")
     bpe.add_tokens([AddedToken("<|x|>", lstrip=True)])
@@ -566,14 +568,21 @@ def test_a_text_shorter_than_its_tokens_takes_none_of_its_neighbours(order: int)
 
 
 def test_nothing_is_cut_or_padded_or_split_otherwise_than_the_tokenizer_does() -> None:
-    vocabulary, texts = copy.deepcopy(tokenizer()), ["<|im_start|>a", "b <|im_end|> and more of it"]
-    expected = vocabulary(texts, add_special_tokens=False)["input_ids"]
-    backend, chats = vocabulary.backend_tokenizer, [(text, []) for text in texts]
-    for spoil in (lambda: backend.enable_truncation(3), backend.enable_padding):
-        spoil()
-        assert [ids for ids, _ in encoding.encode(chats, without_offsets(vocabulary))] == expected
-    backend.encode_special_tokens = True
-    assert [ids for ids, _ in encoding.encode(chats, vocabulary)] == expected
+    texts = ["<|im_start|>a", "b <|im_end|> and more of it"]
+    expected, chats = (
+        tokenizer()(texts, add_special_tokens=False)["input_ids"],
+        [(text, []) for text in texts],
+    )
+
+    def spoilt(how: Callable[[Tokenizer], None]) -> PreTrainedTokenizerFast:
+        vocabulary = copy.deepcopy(tokenizer())
+        how(vocabulary.backend_tokenizer)
+        return vocabulary
+
+    for how in (lambda backend: backend.enable_truncation(3), lambda backend: backend.enable_padding()):
+        assert [ids for ids, _ in encoding.encode(chats, without_offsets(spoilt(how)))] == expected
+    split = spoilt(lambda backend: setattr(backend, "encode_special_tokens", True))
+    assert [ids for ids, _ in encoding.encode(chats, split)] == expected
 
 
 # Modes
@@ -714,7 +723,7 @@ def test_text_that_only_stands_in_other_turns_is_lost(turn: int, role: str) -> N
     row = {
         "messages": [say("system", "yes"), say("user", "yes"), say("assistant", "yes"), say("user", "yes")]
     }
-    content = "message.content"
+    content = "message['content']"
     lossy = load_template("chatml").replace(content, f"('' if loop.index0 == {turn} else {content})")
     with pytest.raises(ValueError, match=rf"^messages\[{turn}\] \({role}\): the chat template lost 'yes'$"):
         encode_chat(row, tokenizer(), date_string=DATE, template=lossy)
@@ -845,8 +854,8 @@ def test_spans_and_prefixes_give_one_mask(messages: list[Any], template: str) ->
 
 
 def test_the_end_of_a_turn_left_untrained_is_caught() -> None:
-    end = " ~ '<|im_end|>' -}}\n    {%- endgeneration -%}"
-    template = planted(end, " -}}\n    {%- endgeneration -%}{{- '<|im_end|>' -}}")
+    end = "      {{- '<|im_end|>' -}}\n    {%- endgeneration -%}"
+    template = planted(end, "    {%- endgeneration -%}{{- '<|im_end|>' -}}")
     complaint = r"disagree at token \d+ \('<\|im_end\|>'\): spans say not, prefixes say trained$"
     with pytest.raises(ValueError, match=complaint):
         check_masks([ROW], tokenizer(), date_string=DATE, template=template, mode="no_think")
@@ -870,8 +879,8 @@ def test_a_header_inside_the_span_is_caught() -> None:
 
 def test_a_template_that_rewrites_earlier_turns_has_no_prefix_mask() -> None:
     template = planted(
-        "{%- if message.role == 'assistant' -%}",
-        "{%- if message.role == 'assistant' -%}{{- '!' if loop.last -}}",
+        "{%- if role == 'assistant' -%}",
+        "{%- if role == 'assistant' -%}{{- '!' if loop.last -}}",
         "chatml",
     )
     row = {"messages": [*ROW["messages"], *ROW["messages"]]}

@@ -1,5 +1,6 @@
 """From rows to packs and pairs on disk: what is trained, what is counted, when the cache is right."""
 
+import ast
 import copy
 import json
 import pickle
@@ -217,10 +218,13 @@ def test_the_seed_decides_the_order_and_nothing_else(prepare: Prepare) -> None:
 
 
 def test_the_first_packs_are_a_sample_of_the_set(prepare: Prepare, tmp_path: Path) -> None:
-    """Best-fit decreasing makes the packs of the longest documents first; they do not come first."""
-    write_lines(tmp_path / "rows.jsonl", [{"text": "x" * (6 + number // 10)} for number in range(100)])
-    lengths = [row["seq_lengths"][0] for row in as_lists(prepare(max_tokens=17))]
-    assert lengths != sorted(lengths, reverse=True)
+    """Best-fit decreasing makes the packs of the longest documents first; the seed says which come first."""
+    write_lines(tmp_path / "rows.jsonl", [{"text": "x" * (9 + number // 20)} for number in range(100)])
+    first, other = (
+        [row["seq_lengths"] for row in as_lists(prepare(max_tokens=17, seed=seed))] for seed in (0, 1)
+    )
+    assert sorted(first) == sorted(other)
+    assert len({str(packs) for packs in (first, other, sorted(first, reverse=True))}) == 3
 
 
 def test_tokens_of_modes_are_mixed_in_the_ratio_asked_for(prepare: Prepare) -> None:
@@ -233,13 +237,13 @@ def test_tokens_of_modes_are_mixed_in_the_ratio_asked_for(prepare: Prepare) -> N
 
 
 def test_tokens_of_sources_are_mixed_in_the_shares_asked_for(prepare: Prepare) -> None:
-    shares = {"chats": 0.8, "needles": 0.2}
+    shares = {"chats": 0.4, "needles": 0.6}
     sources = [source.model_copy(update={"token_share": shares[source.name]}) for source in MIX]
-    ledger = prepare(sources=sources, max_tokens=512).ledger
+    plain, mixed = (prepare(sources=one, max_tokens=512).ledger for one in (MIX, sources))
     for name, share in shares.items():
-        assert ledger["by_source"][name]["num_tokens"] / ledger["num_tokens"] == pytest.approx(
-            share, abs=0.05
-        )
+        before, after = (one["by_source"][name]["num_tokens"] / one["num_tokens"] for one in (plain, mixed))
+        assert after == pytest.approx(share, abs=0.05)
+        assert before != pytest.approx(share, abs=0.2)
 
 
 def test_overlong_rows_are_dropped_cut_or_split_and_counted(prepare: Prepare, tmp_path: Path) -> None:
@@ -366,6 +370,27 @@ def test_a_changed_file_misses_the_cache(prepare: Prepare, tmp_path: Path) -> No
     assert {kind: len(names) for kind, names in entries(tmp_path).items()} == {"documents": 2, "packs": 2}
 
 
+def imported_by(name: str, known: set[str]) -> set[str]:
+    """The modules of the package that a module imports, and those that these do, but for `known` ones."""
+    tree = ast.parse((Path(data.__file__).parent / f"{name}.py").read_text())
+    found = {name}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("smol_post"):
+            inner = node.module.removeprefix("smol_post").strip(".")
+            for one in {inner} if inner else {alias.name for alias in node.names}:
+                found |= imported_by(one, known) if one not in known | {name} else set()
+    return found
+
+
+def test_the_address_covers_all_code_that_makes_tokens_and_packs() -> None:
+    """What is read, checked and written down around them decides neither."""
+    around = {"config", "hub", "manifest", "refusal"}
+    tokens = imported_by("documents", around)
+    assert {f"{name}.py" for name in tokens} == set(data._TOKEN_CODE)
+    packs = imported_by("data", around | tokens | {"vocabulary"})
+    assert {f"{name}.py" for name in packs} == set(data._PACK_CODE)
+
+
 @pytest.mark.parametrize(("name", "documents"), [("_TOKEN_CODE", 2), ("_PACK_CODE", 1)])
 def test_other_code_misses_the_cache(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, documents: int
@@ -403,6 +428,16 @@ def test_what_decides_nothing_of_the_data_hits_the_cache(
     before = files(tmp_path)
     assert prepare(**changes).path == path
     assert files(tmp_path) == before
+
+
+def test_a_name_that_decides_how_a_file_is_read_is_no_other_name_for_it(
+    prepare: Prepare, tmp_path: Path
+) -> None:
+    for name in ("list.json", "list.jsonl"):
+        (tmp_path / name).write_text('[{"text": "a"}]')
+    prepare(sources=rows_source(path="list.json"))
+    with pytest.raises(Refusal, match=r"list\.jsonl: row 1: found list, wanted an object"):
+        prepare(sources=rows_source(path="list.jsonl"))
 
 
 def test_a_recipe_that_moved_hits_the_cache(prepare: Prepare, tmp_path: Path) -> None:

@@ -187,6 +187,7 @@ def test_the_mode_of_a_source_holds_for_chats_that_name_none(build: Build) -> No
     assert [MODES[mode] for mode in store.records["mode"]] == ["think", "no_think", "text"]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -197,9 +198,11 @@ def test_the_mode_of_a_source_holds_for_chats_that_name_none(build: Build) -> No
     ],
 )
 def test_a_template_with_wrong_spans_is_refused_and_not_the_row(
-    build: Build, before: str, after: str
+    build: Build, monkeypatch: pytest.MonkeyPatch, before: str, after: str, workers: int
 ) -> None:
     """No row is skipped for it, whatever `on_bad_rows` says."""
+    fork = multiprocessing.get_context("fork")  # workers that start at once
+    monkeypatch.setattr(documents, "get_context", lambda _: fork)
     turn = (
         "{{- '<|im_start|>assistant\\n' -}}{%- generation -%}{{- message.content -}}"
         "{{- '<|im_end|>' -}}{%- endgeneration -%}{{- '\\n' -}}"
@@ -214,7 +217,7 @@ def test_a_template_with_wrong_spans_is_refused_and_not_the_row(
     assert before in template
     wrong = template.replace(before, after)
     with pytest.raises(Refusal, match=r"'mine': rows\.jsonl: .*generation spans.*; mend the chat template"):
-        build(rows, template=wrong, on_bad_rows="skip")
+        build(rows, template=wrong, on_bad_rows="skip", workers=workers)
     assert len(build(rows, template=wrong, loss_on="all").records) == 2  # no span is used
 
 
@@ -271,6 +274,10 @@ def chat_with(*messages: Any) -> bytes:
         (json.dumps({"messages": SAY}).encode(), "the row has no mode"),
         (b'{"title": "x"}', "found columns title, wanted text, prompt + completion, or messages"),
         (b"{}", "found columns none, wanted text"),
+        (
+            json.dumps({f"column{n}": n for n in range(999)}).encode(),
+            "found columns column0, column1, column2",
+        ),
         (b'{"\\ud83d\\n": "x"}', "found columns \\ud83d , wanted text"),
         (b'{"text": "half \\ud83d"}', "surrogates not allowed"),
         (chat_with({"role": "user", "content": "half \ud83d"}, SAY[1]), "half a surrogate pair"),
@@ -358,6 +365,14 @@ def test_a_row_of_a_table_is_as_long_as_its_texts(encoder: Encoders, tmp_path: P
         assert len(encoded.bad_rows) == number
 
 
+def test_of_several_bad_rows_the_first_is_named(build: Build) -> None:
+    """Whether it cannot be read or cannot be encoded."""
+    unreadable, unknown = b'{"text": ', b'{"text": 5}'
+    for lines in ([unreadable, unknown], [unknown, unreadable]):
+        with pytest.raises(Refusal, match=r"rows\.jsonl: row 2: "):
+            build(b"\n".join([b'{"text": "a"}', *lines]))
+
+
 def test_alike_reasons_are_counted_together_whatever_their_numbers(build: Build) -> None:
     lines = b"\n".join([b'{"text": "a"}', b'{"text": ', b'{"texts": ', b'{"a": 1}', b'{"b": 1}'])
     skipped = build(lines, on_bad_rows="skip").ledger["skipped"]
@@ -426,7 +441,7 @@ def spoilt(draw: Any) -> tuple[Row, bool]:
     return row, pairs
 
 
-@settings(deadline=None, max_examples=300, derandomize=True, database=None)
+@settings(deadline=None, max_examples=150, derandomize=True)
 @given(spoilt())
 def test_whatever_a_row_holds_it_is_encoded_or_named(tokenizer: Any, given: tuple[Row, bool]) -> None:
     row, pairs = given

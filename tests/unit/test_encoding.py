@@ -60,7 +60,8 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
 def by_words(one: PreTrainedTokenizerFast) -> bool | None:
     """Whether words are encoded once; None where the tokenizer is not taken for a byte-level one."""
     added = one.backend_tokenizer.get_added_tokens_decoder()
-    made = encoding._byte_level(one.backend_tokenizer, tuple((i, each.content) for i, each in added.items()))
+    contents = tuple((i, each.content) for i, each in added.items())
+    made = encoding._byte_level(one.backend_tokenizer, contents, one.split_special_tokens)
     return None if made is None else made._by_words
 
 
@@ -139,6 +140,18 @@ def test_a_token_that_was_added_since_is_seen() -> None:
     one.add_tokens(["<|new|>"])
     after = next(encoding.encode([("a<|new|>b", [])], one))
     assert len(after[0]) == 3 < len(before[0])
+
+
+def test_special_tokens_are_split_from_the_moment_the_tokenizer_says_so() -> None:
+    one = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer("gpt2").backend_tokenizer.to_str())
+    )
+    text = "end<|im_end|>"
+    before = next(encoding.encode([(text, [])], one))
+    one.split_special_tokens = True
+    after = next(encoding.encode([(text, [])], one))
+    assert len(after[0]) > len(before[0])
+    assert after[0] == one(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def test_an_empty_batch_and_empty_texts_are_no_matter() -> None:

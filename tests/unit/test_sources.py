@@ -22,7 +22,7 @@ from smol_post.sources import parse_row, read_rows
 
 Row = dict[str, Any]
 ROWS: list[Row] = [{"prompt": f"ä{number}\u2028\n", "completion": f"b{number}"} for number in range(1200)]
-FORMS = ("rows.json", "rows.jsonl", "rows.jsonl.gz", "rows.parquet", "./saved", "./numpy", "./splits")
+FORMS = ("rows.json", "rows.jsonl", "rows.jsonl.gz", "rows.parquet", "./saved", "./splits")
 
 
 def as_lines(rows: list[Row]) -> bytes:
@@ -39,7 +39,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = datasets.Dataset.from_list(ROWS)
     table.to_parquet(where / "rows.parquet")
     table.save_to_disk(where / "saved")
-    table.with_format("numpy").save_to_disk(where / "numpy")
     datasets.DatasetDict({"test": table.select([0]), "train": table}).save_to_disk(where / "splits")
     return where
 
@@ -64,6 +63,13 @@ def test_a_split_of_a_saved_set_is_read_alone(folder: Path) -> None:
 
 def test_a_path_may_be_absolute(folder: Path) -> None:
     assert read(Path("/nowhere"), str(folder / "rows.jsonl")) == list(enumerate(ROWS, 1))
+
+
+@pytest.mark.parametrize("form", ["numpy", "pandas", "arrow"])
+def test_a_set_saved_in_the_form_of_another_library_is_read_as_rows(tmp_path: Path, form: str) -> None:
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3
+    datasets.Dataset.from_list(rows).with_format(form).save_to_disk(tmp_path / "saved")
+    assert read(tmp_path, "./saved") == list(enumerate(rows, 1))
 
 
 def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path: Path) -> None:
@@ -154,6 +160,8 @@ def test_the_share_read_so_far_rises_to_about_one(folder: Path, path: str, fract
     assert done == sorted(done)
     assert 0 < done[0] <= done[-1] <= 1
     assert done[-1] > 0.98
+    if fraction == 1 and ".jsonl" not in path:
+        assert done == [number / len(ROWS) for number in range(1, len(ROWS) + 1)]
 
 
 def test_the_share_read_of_a_long_file_follows_the_file(tmp_path: Path) -> None:
@@ -246,6 +254,12 @@ def test_a_saved_set_that_is_damaged_is_refused_by_name(tmp_path: Path) -> None:
         file.write_bytes(content)
         with pytest.raises(Refusal, match=r"source 's': \./saved: could not be loaded"):
             read(tmp_path, "./saved")
+    file.write_bytes(whole)
+    about = tmp_path / "saved" / "dataset_info.json"
+    about.write_text(about.read_text().replace('"completion"', '"answer"'))
+    with pytest.raises(Refusal, match=r"source 's': \./saved: could not be loaded \(Keys mismatch") as caught:
+        read(tmp_path, "./saved")
+    assert "\n" not in str(caught.value)
     (tmp_path / "saved" / "state.json").unlink()
     with pytest.raises(Refusal, match=r"source 's': \./saved: could not be loaded"):
         read(tmp_path, "./saved")
