@@ -238,8 +238,9 @@ def test_tokens_of_modes_are_mixed_in_the_ratio_asked_for(prepare: Prepare) -> N
 
 def test_tokens_of_sources_are_mixed_in_the_shares_asked_for(prepare: Prepare) -> None:
     shares = {"chats": 0.4, "needles": 0.6}
-    sources = [source.model_copy(update={"token_share": shares[source.name]}) for source in MIX]
-    plain, mixed = (prepare(sources=one, max_tokens=512).ledger for one in (MIX, sources))
+    many = [source.model_copy(update={"repeat": 8}) for source in MIX]
+    sources = [source.model_copy(update={"token_share": shares[source.name]}) for source in many]
+    plain, mixed = (prepare(sources=one, max_tokens=512).ledger for one in (many, sources))
     for name, share in shares.items():
         before, after = (one["by_source"][name]["num_tokens"] / one["num_tokens"] for one in (plain, mixed))
         assert after == pytest.approx(share, abs=0.05)
