@@ -237,8 +237,11 @@ def prefix_mask(
 
 
 def check_masks(rows: Iterable[Row], tokenizer: Any, **how: Any) -> None:
-    """Holds the masks of `encode_chats` against `prefix_mask`; ValueError at the first token that differs."""
-    rows, say = list(rows), ("not", "trained")
+    """Holds the masks of `encode_chats` against `prefix_mask`; ValueError at the first token that differs.
+
+    A chat that begins with an answer is passed over: there is no prefix to render before it.
+    """
+    rows, say = [row for row in rows if row["messages"][0]["role"] != "assistant"], ("not", "trained")
     for row, encoded in zip(rows, encode_chats(rows, tokenizer, **how), strict=True):
         masks = zip(encoded.input_ids, encoded.train_mask, prefix_mask(row, tokenizer, **how), strict=True)
         for i, (token, spans, prefixes) in enumerate(masks):

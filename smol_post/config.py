@@ -24,6 +24,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=False)
 
 
+FILES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 # What a row may consist of; any other column is not read.
 COLUMNS = (
     *("text", "prompt", "completion", "messages", "chosen", "rejected", "chat_template_kwargs"),
@@ -42,7 +43,7 @@ class Source(Strict):
     name: str
     path: str | None = None
     config: str | None = None
-    split: str = "train"
+    split: str | None = None  # of a data set that has several; None: train
     revision: str | None = None
     generator: str | None = None
     num_rows: int | None = Field(default=None, gt=0)
@@ -63,6 +64,8 @@ class Source(Strict):
             raise ValueError(f"source '{self.name}': a generator needs 'num_rows'")
         if self.path is not None and is_local(self.path) and (self.config or self.revision):
             raise ValueError(f"source '{self.name}': 'config' and 'revision' are for the Hub; remove them")
+        if self.split is not None and (self.path or ".jsonl").endswith(FILES):
+            raise ValueError(f"source '{self.name}': 'split' is for data sets, a file has none; remove it")
         unknown = [name for name in self.columns if name not in COLUMNS]
         if unknown:
             raise ValueError(
@@ -459,9 +462,7 @@ def is_local(path: str) -> bool:
     >>> is_local("data/rows.jsonl.gz"), is_local("HuggingFaceTB/smoltalk2")
     (True, False)
     """
-    return path.startswith(("/", "./", "../", "~")) or path.endswith(
-        (".json", ".jsonl", ".jsonl.gz", ".parquet")
-    )
+    return path.startswith(("/", "./", "../", "~")) or path.endswith(FILES)
 
 
 def local_path(path: str, folder: Path) -> Path:

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from smol_post import manifest, mixture, packing
-from smol_post.config import ApoRecipe, Source, Training
+from smol_post.config import COLUMNS, ApoRecipe, Source, Training
 from smol_post.documents import MODES, Encoder, Store, once, tokenise
 from smol_post.mixture import Pool
 from smol_post.refusal import Refusal
@@ -174,7 +174,7 @@ def prepare(
         ledger = {"fingerprint": key, **_ledger(counts, stores, names)}
         ledger["num_pairs" if pairs else "num_packs"] = number = len(table)
         if not ledger["num_documents"]:
-            raise Refusal(_empty(names, ledger, num_found=sum(len(store.records) for store in stores)))
+            raise Refusal(_empty(names, ledger))
         if not pairs:
             ledger["utilisation"] = round(ledger["num_tokens"] / (number * recipe.max_tokens), 4)
         ledger["revisions"] = {
@@ -233,6 +233,7 @@ def _documents(
             "origin": origin,
             "encoder": encoder.identity(),
             "on_bad_rows": recipe.on_bad_rows,
+            "read": COLUMNS,
             "code": _code(_TOKEN_CODE),
         }
     )
@@ -248,16 +249,20 @@ def _code(names: Sequence[str]) -> list[str]:
     return [resources.files("smol_post").joinpath(name).read_text() for name in names]
 
 
-def _mixed(recipe: Training, pool: Pool) -> Pool:
-    """The documents (or pairs) of the mixture, before anything is fitted into packs."""
-    sources = recipe.sources
-    pool = mixture.repeated(pool, [source.repeat for source in sources])
-    shares = [source.token_share for source in sources if source.token_share is not None]
+def _repeated(recipe: Training, pool: Pool) -> Pool:
+    return mixture.repeated(pool, [source.repeat for source in recipe.sources])
+
+
+def _balanced(recipe: Training, pool: Pool) -> tuple[Pool, dict[str, Pool]]:
+    """What the recipe's shares or ratio keep, in random order, and what they leave out."""
+    shares = [source.token_share for source in recipe.sources if source.token_share is not None]
+    keep, name = np.ones(len(pool), bool), "left out by token_share or think_to_no_think"
     if shares:
-        pool = mixture.with_shares(pool, shares, seed=recipe.seed)
+        keep = mixture.by_shares(pool, shares, seed=recipe.seed)
     if recipe.think_to_no_think is not None:
-        pool = mixture.with_ratio(pool, recipe.think_to_no_think, seed=recipe.seed)
-    return pool
+        keep = mixture.by_ratio(pool, recipe.think_to_no_think, seed=recipe.seed)
+    kept = np.random.default_rng(recipe.seed).permutation(np.flatnonzero(keep))
+    return pool.take(kept), {name: pool.take(~keep)}
 
 
 # Numbers of the pieces of a pool, by what they count: {"num_tokens": (pool, (num_pieces,) array), ...}
@@ -268,10 +273,9 @@ def _pack_index(recipe: Training, stores: Sequence[Store], tokens: Tokens) -> tu
     """Addresses and lengths of the pieces of every pack, and what there is to count."""
     strategy, max_tokens = getattr(recipe, "packing", "bfd"), recipe.max_tokens
     overlong = getattr(recipe, "overlong_rows", "drop") if strategy == "bfd" else "wrap"
-    pool, lost = mixture.fitted(
-        _mixed(recipe, Pool.of(stores)), max_tokens=max_tokens, overlong_rows=overlong, mask_of=tokens.mask
-    )
-    pool = pool.take(np.random.default_rng(recipe.seed).permutation(len(pool)))
+    pool = _repeated(recipe, Pool.of(stores))
+    pool, lost = mixture.fitted(pool, max_tokens=max_tokens, overlong_rows=overlong, mask_of=tokens.mask)
+    pool, left_out = _balanced(recipe, pool)
     pack = packing.best_fit_decreasing if strategy == "bfd" else packing.wrapped
     packs = pack(pool.length, max_tokens).shuffled(recipe.seed)
     pieces = pool.take(packs.document)
@@ -285,7 +289,7 @@ def _pack_index(recipe: Training, stores: Sequence[Store], tokens: Tokens) -> tu
         "num_documents": (pieces, packs.start == 0),
         "num_tokens": (pieces, packs.lengths),
         "num_trained_tokens": (pieces, trained),
-        **{kind: (one, np.ones(len(one))) for kind, one in lost.items()},
+        **{kind: (one, np.ones(len(one))) for kind, one in (lost | left_out).items()},
     }
     return pa.table({key: _lists(values, packs.bounds) for key, values in table.items()}), counts
 
@@ -297,18 +301,17 @@ def _pair_index(recipe: Training, stores: Sequence[Store], tokens: Tokens) -> tu
     pairs = replace(
         chosen, length=chosen.length + rejected.length, num_trained=chosen.num_trained + rejected.num_trained
     )
-    pool = _mixed(recipe, pairs)
-    pool = pool.take(np.random.default_rng(recipe.seed).permutation(len(pool)))
+    long = np.maximum(chosen.length, rejected.length) > recipe.max_tokens
+    lost = {"longer than max_tokens": _repeated(recipe, pairs.take(long))}
+    pool, left_out = _balanced(recipe, _repeated(recipe, pairs.take(~long)))
     number = np.searchsorted(chosen.address, pool.address)
-    long = np.maximum(chosen.length, rejected.length)[number] > recipe.max_tokens
-    dropped, pool, number = pool.take(long), pool.take(~long), number[~long]
     answers = {"chosen": chosen.num_trained[number], "rejected": rejected.num_trained[number]}
     prompt = chosen.length[number] - answers["chosen"]
     counts: Counts = {
         "num_documents": (pool, np.ones(len(pool))),
         "num_tokens": (pool, pool.length),
         "num_trained_tokens": (pool, pool.num_trained),
-        "longer than max_tokens": (dropped, np.ones(len(dropped))),
+        **{kind: (one, np.ones(len(one))) for kind, one in (lost | left_out).items()},
     }
     return pa.table({"address": pool.address, "prompt": prompt, **answers}), counts
 
@@ -359,10 +362,9 @@ def _lists(values: np.ndarray, bounds: np.ndarray) -> pa.Array:
     return pa.LargeListArray.from_arrays(pa.array(bounds, pa.int64()), pa.array(values, pa.int64()))
 
 
-def _empty(names: Sequence[str], ledger: Mapping[str, Any], *, num_found: int) -> str:
+def _empty(names: Sequence[str], ledger: Mapping[str, Any]) -> str:
     why = [f"{number} rows dropped: {reason}" for reason, number in ledger["dropped"].items()]
     why += [f"{one['num_rows']} rows skipped: {kind}" for kind, one in ledger["skipped"].items()]
-    if not why:
-        why = ["left out by token_share or think_to_no_think" if num_found else "empty"]
     sources = ", ".join(f"'{name}'" for name in names)
-    return f"sources {sources}: no rows left to train on ({'; '.join(why)}); check sources and max_tokens"
+    found = "; ".join(why) or "empty"
+    return f"sources {sources}: no rows left to train on ({found}); check sources and max_tokens"

@@ -104,12 +104,17 @@ class Encoder:
                     bad.append((number, _reason(error)))
             parsed = good
         if check and self.template and self.loss_on != "all" and not self.pairs:
-            chats = [row for _, row in parsed if row.get("messages")][:_SAMPLE_ROWS]
-            chat.check_masks(
-                chats, self.tokenizer, date_string=self.date_string, template=self.template, mode=self.mode
-            )
+            for number, row in [one for one in parsed if one[1].get("messages")][:_SAMPLE_ROWS]:
+                try:
+                    chat.check_masks([row], self.tokenizer, **self._how)
+                except ValueError as error:
+                    raise ValueError(f"row {number}: {error}") from None
         numbers = [number for number, _ in parsed for _ in range(2 if self.pairs else 1)]
         return _end_to_end(made, numbers, sorted(bad))
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"date_string": self.date_string, "template": self.template, "mode": self.mode}
 
     def _parse(self, content: bytes | Mapping[str, Any]) -> dict[str, Any]:
         size = len(content) if isinstance(content, bytes) else _characters(content)
@@ -124,9 +129,8 @@ class Encoder:
         self, rows: Sequence[dict[str, Any]]
     ) -> list[tuple[list[int], list[tuple[int, int]], str]]:
         """(ids, intervals with loss, mode) of each document; ValueError where a row cannot be encoded."""
-        how: Any = {"date_string": self.date_string, "template": self.template, "mode": self.mode}
         if self.pairs:
-            pairs = chat.encode_pairs(rows, self.tokenizer, **how)
+            pairs = chat.encode_pairs(rows, self.tokenizer, **self._how)
             return [
                 (
                     [*one.prompt_ids, *answer],
@@ -138,7 +142,9 @@ class Encoder:
             ]
         chats = [row for row in rows if row.get("messages")]
         loss_on = "all" if self.loss_on == "all" else "assistant"
-        encoded = iter(chat.encode_chats(chats, self.tokenizer, loss_on=loss_on, **how) if chats else [])
+        encoded = iter(
+            chat.encode_chats(chats, self.tokenizer, loss_on=loss_on, **self._how) if chats else []
+        )
         plain = iter(self._texts([row for row in rows if not row.get("messages")]))
         made = []
         for row in rows:

@@ -47,7 +47,7 @@ def _clean_messages(messages: Any, where: str) -> Messages:
         if not isinstance(message.get("role"), str):
             raise ValueError(f"{where}[{i}]: no role, only {', '.join(message) or 'nulls'}")
         here = f"{where}[{i}] ({message['role']})"
-        if message.get("tool_calls"):
+        if message.get("tool_calls", []) != []:
             message["tool_calls"] = _clean_calls(message["tool_calls"], f"{here}: tool_calls")
         elif "content" not in message:
             raise ValueError(f"{here}: neither content nor tool calls")

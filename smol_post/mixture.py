@@ -2,7 +2,7 @@
 
 Pure arrays, one entry a piece; the tokens themselves stay where they are (`documents`).
 
-    Pool.of(stores) -> repeated -> with_shares | with_ratio -> fitted -> pieces of at most max_tokens
+    Pool.of(stores) -> repeated -> fitted (at most max_tokens) -> by_shares | by_ratio -> what to pack
 """
 
 from collections.abc import Callable, Sequence
@@ -55,18 +55,20 @@ def repeated(pool: Pool, repeats: Sequence[int]) -> Pool:
     return pool.take(np.repeat(np.arange(len(pool)), np.asarray(repeats)[pool.source]))
 
 
-def with_shares(pool: Pool, shares: Sequence[float], *, seed: int) -> Pool:
-    """The most tokens of which each source has its share (they sum to 1); whole documents, drawn with `seed`.
+def by_shares(pool: Pool, shares: Sequence[float], *, seed: int) -> np.ndarray:
+    """Which pieces to keep for the most tokens of which each source has its share (they sum to 1).
+
+    Whole pieces, drawn with `seed`.
 
     Two sources of 60 and 300 tokens, shares .5 and .5: 60 and (up to the last whole document) 60 tokens.
     """
     have = np.bincount(pool.source, weights=pool.length, minlength=len(shares))
     total = (have / shares).min()
-    return _cut(pool, pool.source, np.asarray(shares) * total, seed=seed)
+    return _within(pool, pool.source, np.asarray(shares) * total, seed=seed)
 
 
-def with_ratio(pool: Pool, ratio: float, *, seed: int) -> Pool:
-    """Tokens of think over tokens of no_think at most and at least `ratio`, by leaving documents out.
+def by_ratio(pool: Pool, ratio: float, *, seed: int) -> np.ndarray:
+    """Which pieces to keep for `ratio` tokens of think to one of no_think.
 
     Texts stay as they are. 300 think and 100 no_think tokens, ratio 2: 200 and 100.
     """
@@ -75,17 +77,17 @@ def with_ratio(pool: Pool, ratio: float, *, seed: int) -> Pool:
     budgets = have.copy()
     budgets[think] = min(have[think], ratio * have[no_think])
     budgets[no_think] = min(have[no_think], have[think] / ratio)
-    return _cut(pool, pool.mode, budgets, seed=seed)
+    return _within(pool, pool.mode, budgets, seed=seed)
 
 
-def _cut(pool: Pool, kind: np.ndarray, budgets: np.ndarray, *, seed: int) -> Pool:
-    """Of each kind, documents in random order while they stay within its budget of tokens; order is kept."""
+def _within(pool: Pool, kind: np.ndarray, budgets: np.ndarray, *, seed: int) -> np.ndarray:
+    """Of each kind, pieces in random order while they stay within its budget of tokens."""
     keep = np.zeros(len(pool), bool)
     rng = np.random.default_rng(seed)
     for number, budget in enumerate(budgets):
         order = rng.permutation(np.flatnonzero(kind == number))
         keep[order[np.cumsum(pool.length[order]) <= budget + 1e-6]] = True
-    return pool.take(keep)
+    return keep
 
 
 def fitted(

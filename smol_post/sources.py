@@ -167,20 +167,21 @@ def _readable(found: Sequence[str], source: Source) -> list[str]:
 def _table(source: Source, path: Path) -> datasets.Dataset:
     """A folder saved by `datasets`, or a Hub data set."""
     assert source.path is not None
+    split = source.split or "train"
     try:
         if is_local(source.path):
             loaded = datasets.load_from_disk(path)
         else:
-            loaded = datasets.load_dataset(
-                source.path, source.config, split=source.split, revision=source.revision
-            )
+            loaded = datasets.load_dataset(source.path, source.config, split=split, revision=source.revision)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise _unreadable(source, error) from None
     if isinstance(loaded, datasets.DatasetDict):
-        if source.split not in loaded:
+        if split not in loaded:
             found = ", ".join(map(str, loaded))
-            raise Refusal(f"source '{source.name}': split: found {found}, wanted '{source.split}'")
-        loaded = loaded[source.split]
+            raise Refusal(f"source '{source.name}': split: found {found}, wanted '{split}'")
+        loaded = loaded[split]
+    elif source.split and is_local(source.path):
+        raise Refusal(f"source '{source.name}': split: {source.path} has no splits; remove it")
     assert isinstance(loaded, datasets.Dataset)
     return loaded
 

@@ -1025,6 +1025,7 @@ YO = say("assistant", "Yo")
         ({"messages": [say("user", None), YO]}, r"^messages\[0\] \(user\): neither content nor tool calls$"),
         ({"messages": [*HI, {"role": "assistant"}]}, r"^messages\[1\] .*: neither content nor tool calls$"),
         ({"messages": [*HI, YO | {"tool_calls": [], "content": None}]}, "neither content nor tool calls$"),
+        ({"messages": [*HI, YO | {"tool_calls": 0}]}, "tool_calls: wanted a list of objects, found 0$"),
         (
             {"messages": [*HI, YO | {"reasoning": 1}]},
             r"^messages\[1\] .*: wanted text as reasoning, found 1$",

@@ -510,7 +510,7 @@ def test_a_set_of_less_than_one_batch_is_refused(prepare: Prepare) -> None:
         (
             b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
             {"think_to_no_think": 1.0, "sources": rows_source(mode="think"), "max_tokens": 999},
-            "left out by token_share or think_to_no_think",
+            "1 rows dropped: left out by token_share or think_to_no_think",
         ),
     ],
 )

@@ -216,9 +216,17 @@ def test_a_template_with_wrong_spans_is_refused_and_not_the_row(
     assert len(build(rows, template=template).records) == 2
     assert before in template
     wrong = template.replace(before, after)
-    with pytest.raises(Refusal, match=r"'mine': rows\.jsonl: .*generation spans.*; mend the chat template"):
+    with pytest.raises(
+        Refusal, match=r"'mine': rows\.jsonl: row 2: .*generation spans.*; mend the chat template"
+    ):
         build(rows, template=wrong, on_bad_rows="skip", workers=workers)
     assert len(build(rows, template=wrong, loss_on="all").records) == 2  # no span is used
+
+
+def test_a_chat_that_begins_with_an_answer_is_a_row_like_others(build: Build) -> None:
+    """There is no prefix to render before it, so its mask is derived one way only."""
+    made = build([{"messages": [SAY[1], *SAY]}, {"messages": SAY}], mode="think")
+    assert len(made.records) == 2
 
 
 def test_workers_write_the_very_same_bytes(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

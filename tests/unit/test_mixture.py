@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from smol_post import data
 from smol_post.config import MidRecipe, Source
 from smol_post.documents import MODES, RECORD, Store
-from smol_post.mixture import Pool, fitted, repeated, trained_tokens, with_ratio, with_shares
+from smol_post.mixture import Pool, by_ratio, by_shares, fitted, repeated, trained_tokens
 
 quickly = settings(deadline=None, max_examples=100, derandomize=True)
 
@@ -95,7 +95,7 @@ def test_shares_are_reached_as_far_as_whole_documents_allow(
         [length for one in lengths for length in one],
         sources=[number for number, one in enumerate(lengths) for _ in one],
     )
-    mixed = with_shares(pool, shares, seed=seed)
+    mixed = pool.take(by_shares(pool, shares, seed=seed))
     total = min(sum(one) / share for one, share in zip(lengths, shares, strict=True))
     for number, (one, share) in enumerate(zip(lengths, shares, strict=True)):
         found = tokens_of(mixed, mixed.source, number)
@@ -108,9 +108,9 @@ def test_shares_are_reached_as_far_as_whole_documents_allow(
 
 def test_shares_by_eye() -> None:
     pool = whole([20, 40, *[10] * 30], sources=[0, 0, *[1] * 30])
-    mixed = with_shares(pool, [0.5, 0.5], seed=0)
+    mixed = pool.take(by_shares(pool, [0.5, 0.5], seed=0))
     assert [tokens_of(mixed, mixed.source, number) for number in (0, 1)] == [60, 60]
-    third = with_shares(pool, [0.25, 0.75], seed=0)
+    third = pool.take(by_shares(pool, [0.25, 0.75], seed=0))
     assert [tokens_of(third, third.source, number) for number in (0, 1)] == [60, 180]
 
 
@@ -119,7 +119,8 @@ def test_the_seed_decides_which_documents_a_mixture_leaves_out(cut: str) -> None
     pool = whole([10] * 40, sources=[0] * 10 + [1] * 30, modes=[2] * 10 + [1] * 30)
 
     def kept(seed: int) -> list[int]:
-        mixed = with_ratio(pool, 1, seed=seed) if cut == "ratio" else with_shares(pool, [0.5, 0.5], seed=seed)
+        keep = by_ratio(pool, 1, seed=seed) if cut == "ratio" else by_shares(pool, [0.5, 0.5], seed=seed)
+        mixed = pool.take(keep)
         return mixed.address.tolist()
 
     assert kept(0) == kept(0)
@@ -129,7 +130,7 @@ def test_the_seed_decides_which_documents_a_mixture_leaves_out(cut: str) -> None
 
 def test_a_repeated_document_counts_as_often_in_its_share() -> None:
     pool = repeated(whole([10, *[10] * 9], sources=[0, *[1] * 9]), [3, 1])
-    mixed = with_shares(pool, [0.5, 0.5], seed=0)
+    mixed = pool.take(by_shares(pool, [0.5, 0.5], seed=0))
     assert [tokens_of(mixed, mixed.source, number) for number in (0, 1)] == [30, 30]
 
 
@@ -143,7 +144,7 @@ def test_the_ratio_of_modes_is_reached_by_leaving_out_of_one_of_them(
     think: list[int], no_think: list[int], ratio: float
 ) -> None:
     pool = whole([*think, *no_think, 30, 40], modes=[1] * len(think) + [2] * len(no_think) + [0, 0])
-    mixed = with_ratio(pool, ratio, seed=0)
+    mixed = pool.take(by_ratio(pool, ratio, seed=0))
     found = {mode: tokens_of(mixed, mixed.mode, number) for number, mode in enumerate(MODES)}
     assert found["text"] == 70
     have_think, have_no_think = sum(think), sum(no_think)
@@ -160,7 +161,7 @@ def test_the_ratio_of_modes_is_reached_by_leaving_out_of_one_of_them(
 def test_the_ratio_of_modes_by_eye() -> None:
     pool = whole([10] * 40, modes=[1] * 30 + [2] * 10)
     for ratio, think, no_think in ((2, 200, 100), (3, 300, 100), (6, 300, 50)):
-        mixed = with_ratio(pool, ratio, seed=0)
+        mixed = pool.take(by_ratio(pool, ratio, seed=0))
         assert [tokens_of(mixed, mixed.mode, mode) for mode in (1, 2)] == [think, no_think]
 
 
