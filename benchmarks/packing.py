@@ -153,6 +153,7 @@ def _write_peer_documents(path: Path, size: int) -> None:
 
 def _write_our_documents(folder: Path, size: int) -> None:
     """Our cache as if `size` rows had been prepared: that of one row, the files of its store replaced."""
+    from smol_post import manifest
     from smol_post.documents import MODES, RECORD
 
     folder.mkdir()
@@ -172,6 +173,7 @@ def _write_our_documents(folder: Path, size: int) -> None:
             np.where(mask == 1, ids, ~ids).tofile(tokens)
             records.tofile(documents)
             address += len(ids)
+    manifest.seal(store)
 
 
 def _our_packs(folder: Path) -> Numbers:

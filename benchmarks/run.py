@@ -4,6 +4,7 @@ Exit status 1 if a promise was not kept. Numbers are of this machine; ratios are
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import smol_post
 from benchmarks import packing, preparing
 from benchmarks.measure import Result, apart
 
@@ -26,6 +28,7 @@ BENCHMARKS: dict[str, Callable[..., Result]] = {
     "memory": preparing.memory,
 }
 RESULTS = Path(__file__).parent / "results"
+_SOURCES = {".py", ".jinja", ".json"}
 _LIBRARIES = ("numpy", "pyarrow", "datasets", "tokenizers", "transformers", "trl", "torch")
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -38,16 +41,22 @@ _ENVIRONMENT = {
 
 
 def run(name: str, *, results: Path, **arguments: Any) -> dict[str, Any]:
-    """One benchmark in a folder of its own, removed afterwards; its report, as written to `results`."""
+    """One benchmark in a folder of its own, removed afterwards; its report, as written to `results`.
+
+    Raises ValueError if the code changed meanwhile: then nobody could say what was measured.
+    """
+    before = commit(), code()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as work:
         result = BENCHMARKS[name](Path(work), **arguments)
+    if (commit(), code()) != before:
+        raise ValueError(f"{name}: the commit or smol_post/ changed while it was measured; run it again")
     found = asdict(result)
     report = {
         "name": name,
         **{key: found[key] for key in ("peer", "ours", "ratio", "bar", "promises", "repetitions")},
         **found["extra"],
         "compared": result.compared,
-        "commit": commit(),
+        "commit": before[0],
         "hardware": hardware(),
         "versions": versions(),
         "samples": result.samples,
@@ -70,6 +79,12 @@ def commit() -> dict[str, Any]:
 
     changes = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {"sha": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def code() -> str:
+    """A digest of the source text that is measured."""
+    files = sorted(path for path in Path(smol_post.__file__).parent.rglob("*") if path.suffix in _SOURCES)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def hardware() -> dict[str, Any]:

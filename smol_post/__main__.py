@@ -1,5 +1,6 @@
 """The command line: `smol-post <command>`, or `python -m smol_post`. --help imports nothing heavy."""
 
+import os
 import sys
 
 STAGES = {
@@ -58,6 +59,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  so that closing it does not fail again
 
 
 def dispatch(command: str, rest: list[str]) -> int:
@@ -68,8 +71,9 @@ def dispatch(command: str, rest: list[str]) -> int:
         stage = command.replace("-", "_")
         return runner.stage_command(stage, rest, program=f"smol-post {command}", separate=True)
     if command in ("prepare", "inspect"):
-        from smol_post import preparation
+        from smol_post import preparation, runner
 
+        runner.interrupt_on_sigterm()
         return getattr(preparation, command)(rest)
     from smol_post import commands
 

@@ -79,6 +79,7 @@ class _How(NamedTuple):
     date_string: str
     mode: Mode | None = None
     special_tokens: tuple[tuple[str, str], ...] = ()
+    foreign: tuple[str, ...] = ()  # special tokens of the vocabulary that the template does not write
 
 
 def load_template(name_or_path: str, *, folder: Path = Path()) -> str:
@@ -283,7 +284,14 @@ def _how(tokenizer: Any, template: str | None, date_string: str, mode: Mode | No
         raise ValueError(
             "the tokenizer has no chat template; set chat_template: smol_post, chatml or a .jinja file"
         )
-    return _How(template, date_string, mode, tuple(tokenizer.special_tokens_map.items()))
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    foreign = tuple(one.content for one in added if one.special and one.content not in template)
+    return _How(template, date_string, mode, tuple(tokenizer.special_tokens_map.items()), foreign)
+
+
+@lru_cache(maxsize=4)
+def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
 
 def _chat(messages: Messages, variables: dict[str, Any], how: _How) -> _Chat:
@@ -321,10 +329,12 @@ def _render(chats: Sequence[_Chat], how: _How, prompt: bool = False) -> list[tup
                 add_generation_prompt=prompt,
                 **{**dict(how.special_tokens), **variables},
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, AttributeError, LookupError) as error:
             raise ValueError(f"the chat template refuses the row: {error}") from None
         for i, text, marked in zip(indices, texts, spans, strict=True):
             _check_kept(chats[i], text)
+            if found := _any_of(how.foreign).search(text):
+                raise ValueError(f"the text holds the special token {found[0]}, encoded as one: take it out")
             rendered[i] = text, marked
     return rendered
 

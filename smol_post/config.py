@@ -24,7 +24,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=False)
 
 
-FILES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
+FILES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
 # What a row may consist of; any other column is not read.
 COLUMNS = (
     *("text", "prompt", "completion", "messages", "chosen", "rejected", "chat_template_kwargs"),
@@ -35,12 +35,13 @@ COLUMNS = (
 class Source(Strict):
     """Where rows come from: a data set (`path`) or a generator of the package (`generator`).
 
-    columns: our name -> the data set's, such as {prompt: question, completion: answer}. mode: of rows
-    that do not say. keep_fraction: share of the source's own rows, after a shuffle with `seed`.
-    token_share: share of the mixture's tokens. repeat: how often each row stands in the mixture.
+    columns: our name -> the data set's, such as {prompt: question, completion: answer}; other columns
+    keep their names. mode: of rows that do not say. keep_fraction: share of the source's own rows, after a
+    shuffle with `seed`. token_share: share of the mixture's tokens. repeat: how often each row stands in the
+    mixture.
     """
 
-    name: str
+    name: str = Field(pattern=r"^[^\x00-\x1f\x7f]+$")
     path: str | None = None
     config: str | None = None
     split: str | None = None  # of a data set that has several; None: train
@@ -198,6 +199,15 @@ class ApoRecipe(Training):
 
     stage: Literal["apo"]
     chat_template: str | None = None
+
+    @model_validator(mode="after")
+    def _on_answers(self) -> "ApoRecipe":
+        for source in self.sources:
+            if source.loss_on is not None:
+                raise ValueError(
+                    f"source '{source.name}': loss_on: pairs are judged by their answers; remove it"
+                )
+        return self
 
 
 class MergeRecipe(Strict):

@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from smol_post import manifest, mixture, packing
 from smol_post.config import COLUMNS, ApoRecipe, Source, Training
-from smol_post.documents import MODES, Encoder, Store, once, tokenise
+from smol_post.documents import MODES, Encoder, Store, mapped, once, tokenise
 from smol_post.mixture import Pool
 from smol_post.refusal import Refusal
 from smol_post.sources import pin
@@ -65,8 +65,7 @@ class Tokens:
 
     @cached_property
     def _files(self) -> tuple[list[np.ndarray], np.ndarray]:
-        files = [np.memmap(path, np.int32, mode="r") if Path(path).stat().st_size else np.empty(0, np.int32)
-                 for path in self.paths]  # fmt: skip
+        files = [mapped(Path(path), np.dtype(np.int32)) for path in self.paths]
         return files, np.cumsum([0, *map(len, files)])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -226,6 +225,8 @@ def _documents(
     reading = pinned.model_dump(
         exclude={"name", "path", "repeat", "token_share", "loss_on", "mode", "columns"}
     )
+    if source.path and source.keep_fraction == 1:
+        del reading["seed"]  # nothing is drawn
     named = source.path if isinstance(origin, str) else Path(source.path or "").suffix  # files: by content
     key = manifest.digest_tree(
         {
@@ -256,6 +257,21 @@ def _repeated(recipe: Training, pool: Pool) -> Pool:
 def _balanced(recipe: Training, pool: Pool) -> tuple[Pool, dict[str, Pool]]:
     """What the recipe's shares or ratio keep, in random order, and what they leave out."""
     shares = [source.token_share for source in recipe.sources if source.token_share is not None]
+    asked: list[tuple[str, np.ndarray]] = []  # what must have tokens, and which pieces are of it
+    if shares:
+        asked = [
+            (f"token_share: source '{one.name}'", pool.source == at) for at, one in enumerate(recipe.sources)
+        ]
+    elif recipe.think_to_no_think is not None:
+        asked = [
+            (f"think_to_no_think: mode {name}", pool.mode == MODES.index(name))
+            for name in ("think", "no_think")
+        ]
+    for what, which in asked:
+        if not which.any():
+            raise Refusal(
+                f"{what} has no tokens that fit, so its part would be all or nothing; mend the sources"
+            )
     keep, name = np.ones(len(pool), bool), "left out by token_share or think_to_no_think"
     if shares:
         keep = mixture.by_shares(pool, shares, seed=recipe.seed)
@@ -277,21 +293,38 @@ def _pack_index(recipe: Training, stores: Sequence[Store], tokens: Tokens) -> tu
     pool, lost = mixture.fitted(pool, max_tokens=max_tokens, overlong_rows=overlong, mask_of=tokens.mask)
     pool, left_out = _balanced(recipe, pool)
     pack = packing.best_fit_decreasing if strategy == "bfd" else packing.wrapped
-    packs = pack(pool.length, max_tokens).shuffled(recipe.seed)
+    packs = pack(pool.length, max_tokens)
+    trained = _trained(pool, packs, tokens, isolate=strategy != "wrapped_cross_document")
+    idle = np.add.reduceat(trained, packs.bounds[:-1]) == 0 if len(packs) else np.zeros(0, bool)
+    if idle.any():  # pieces of long untrained stretches; a step on them alone would have no loss to take
+        which = np.repeat(idle, np.diff(packs.bounds)) & (packs.start == 0)
+        lost["in packs with nothing trained"] = pool.take(packs.document[which])
+    packs = packs.take(np.random.default_rng(recipe.seed).permutation(np.flatnonzero(~idle)))
+    trained = _trained(pool, packs, tokens, isolate=strategy != "wrapped_cross_document")
     pieces = pool.take(packs.document)
-    trained, first = mixture.trained_tokens(pieces, packs.start, packs.stop, tokens.mask)
-    if strategy == "wrapped_cross_document":
-        inside = np.ones(len(first), bool)
-        inside[packs.bounds[:-1]] = False
-        trained = trained + (first & inside)
-    table = {"address": pieces.address + packs.start, "length": packs.lengths}
+    address = pieces.address + packs.start
+    firsts = Pool.of(stores).address
+    whole = (
+        firsts[np.searchsorted(firsts, address, side="right") - 1] == address if len(address) else address > 0
+    )
+    table = {"address": address, "length": packs.lengths}
     counts: Counts = {
-        "num_documents": (pieces, packs.start == 0),
+        "num_documents": (pieces, whole),
         "num_tokens": (pieces, packs.lengths),
         "num_trained_tokens": (pieces, trained),
         **{kind: (one, np.ones(len(one))) for kind, one in (lost | left_out).items()},
     }
     return pa.table({key: _lists(values, packs.bounds) for key, values in table.items()}), counts
+
+
+def _trained(pool: Pool, packs: packing.Packs, tokens: Tokens, *, isolate: bool) -> np.ndarray:
+    """Trained tokens of each piece; the first of a piece has no context, nor, if not isolated, of a pack."""
+    trained, first = mixture.trained_tokens(pool.take(packs.document), packs.start, packs.stop, tokens.mask)
+    if isolate:
+        return trained
+    inside = np.ones(len(first), bool)
+    inside[packs.bounds[:-1]] = False
+    return trained + (first & inside)
 
 
 def _pair_index(recipe: Training, stores: Sequence[Store], tokens: Tokens) -> tuple[pa.Table, Counts]:

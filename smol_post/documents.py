@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -242,12 +243,13 @@ class Store:
     def __init__(self, folder: Path) -> None:
         """Open what `tokenise` wrote into `folder`."""
         self.folder = folder
-        self.tokens = _mapped(folder / "tokens.bin", np.dtype(np.int32))
-        self.records = _mapped(folder / "documents.bin", RECORD)
+        self.tokens = mapped(folder / "tokens.bin", np.dtype(np.int32))
+        self.records = mapped(folder / "documents.bin", RECORD)
         self.ledger = json.loads((folder / "ledger.json").read_text())
 
 
-def _mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+def mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    """A file as a read-only array; an empty one cannot be mapped."""
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
 
 
@@ -305,6 +307,9 @@ def tokenise(
                 bar.update(100 * rows[-1].done - bar.n)
         except ValueError as error:
             raise Refusal(f"source '{source.name}': {where}: {error}; mend the chat template") from None
+    if not address:
+        why = "; ".join(f"{number} skipped: {kind}" for kind, number in skipped.items()) or "it is empty"
+        raise Refusal(f"source '{source.name}': {where}: no rows to train on ({why}); mend or remove it")
     manifest.write_json(
         target / "ledger.json",
         {
@@ -366,6 +371,9 @@ def _start_worker(encoder: Encoder) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = encoder
+    parent = parent_process()
+    assert parent is not None
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # none outlives a killed parent
 
 
 def _work(rows: list[Raw], check: bool) -> Encoded:
@@ -374,20 +382,29 @@ def _work(rows: list[Raw], check: bool) -> Encoded:
 
 
 def once(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """`folder/<key>`, made by `build(an empty folder)` unless it is there; other processes wait for it.
+    """`folder/<key>`, made by `build(an empty folder)` unless it is there whole; other processes wait for it.
 
-    Whatever interrupts `build`, a folder under its final name is whole.
+    Whatever interrupts `build`, and whatever is lost afterwards, a folder without its seal or a file is made
+    anew. Raises Refusal where nothing can be written.
     """
     target = folder / key.removeprefix("sha256:")[:24]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{target.name}.lock").open("w") as lock:
+    if manifest.is_sealed(target):
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / f"{target.name}.lock").open("w")
+    except OSError as error:
+        raise Refusal(f"{folder}: cannot be written ({error.strerror}); choose another --run-dir") from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.is_dir():
+        if not manifest.is_sealed(target):
             half = target.with_suffix(".half")
             shutil.rmtree(half, ignore_errors=True)
+            shutil.rmtree(target, ignore_errors=True)
             half.mkdir()
             try:
                 build(half)
+                manifest.seal(half)
                 half.rename(target)
             finally:
                 shutil.rmtree(half, ignore_errors=True)

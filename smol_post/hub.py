@@ -1,5 +1,6 @@
 """What we ask of the Hugging Face Hub: a checkpoint, a data set's revision. The only caller of its client."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,29 +25,21 @@ def refusing(what: str) -> Iterator[None]:
         ) from None
 
 
-def checkpoint(path: str) -> Path:
+def checkpoint(path: str, *, weights: bool = True) -> Path:
     """`org/name@revision` as a local folder, downloaded where it is not cached; its name is the commit."""
     from huggingface_hub import snapshot_download
 
     repository, _, revision = path.partition("@")
+    files = CHECKPOINT_FILES if weights else CHECKPOINT_FILES[1:]
     with refusing(f"parent {path}"):
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=CHECKPOINT_FILES))
-
-
-def tokenizer(path: str) -> Path:
-    """What a tokenizer needs of `org/name@revision`, as a local folder."""
-    from huggingface_hub import snapshot_download
-
-    repository, _, revision = path.partition("@")
-    with refusing(f"parent {path}"):
-        return Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=CHECKPOINT_FILES[1:])
-        )
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
 
 
 def dataset_revision(path: str, *, revision: str | None, source: str) -> str:
-    """The commit that a Hub data set stands at."""
+    """The commit that a Hub data set stands at; the Hub is not asked about a whole commit hash."""
     from huggingface_hub import HfApi
 
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
     with refusing(f"source '{source}': {path}"):
         return str(HfApi().dataset_info(path, revision=revision).sha)

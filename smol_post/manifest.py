@@ -22,6 +22,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 CHECKPOINTS = "checkpoints"  # of a run under way, and those its recipe keeps
+SEAL = "whole.json"  # of a checkpoint under way, or a folder of the data cache
 SOUP = "soup"  # inside a merge: the average before the last merge
 _NOT_CONTENT = {MANIFEST, STATE, "verify.json"}
 _CONTENT_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
@@ -121,6 +122,25 @@ def write_json(path: Path, tree: Any) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
+
+
+def seal(folder: Path) -> None:
+    """Write down names and sizes of all files of a folder, last: what `is_sealed` then holds it against."""
+    write_json(folder / SEAL, _sizes(folder))
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether a folder is sealed and still has all its files, each of its size."""
+    found = folder / SEAL
+    return found.is_file() and json.loads(found.read_text()) == _sizes(folder)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != SEAL
+    }
 
 
 def versions() -> dict[str, str]:

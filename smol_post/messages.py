@@ -44,8 +44,10 @@ def _clean_messages(messages: Any, where: str) -> Messages:
         if not isinstance(message, Mapping):
             raise ValueError(f"{where}[{i}]: wanted a message, found {short(message)}")
         message = {key: value for key, value in message.items() if value is not None}
-        if not isinstance(message.get("role"), str):
+        if "role" not in message:
             raise ValueError(f"{where}[{i}]: no role, only {', '.join(message) or 'nulls'}")
+        if not isinstance(message["role"], str):
+            raise ValueError(f"{where}[{i}]: role: wanted text, found {short(message['role'])}")
         here = f"{where}[{i}] ({message['role']})"
         if message.get("tool_calls", []) != []:
             message["tool_calls"] = _clean_calls(message["tool_calls"], f"{here}: tool_calls")

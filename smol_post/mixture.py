@@ -84,9 +84,13 @@ def _within(pool: Pool, kind: np.ndarray, budgets: np.ndarray, *, seed: int) -> 
     """Of each kind, pieces in random order while they stay within its budget of tokens."""
     keep = np.zeros(len(pool), bool)
     rng = np.random.default_rng(seed)
-    for number, budget in enumerate(budgets):
+    for number, room in enumerate(budgets + 1e-6):
         order = rng.permutation(np.flatnonzero(kind == number))
-        keep[order[np.cumsum(pool.length[order]) <= budget + 1e-6]] = True
+        while len(order := order[pool.length[order] <= room]):  # one that is too long is passed over
+            fits = np.cumsum(pool.length[order]) <= room
+            keep[order[fits]] = True
+            room -= pool.length[order[fits]].sum()
+            order = order[~fits]
     return keep
 
 
@@ -105,14 +109,31 @@ def fitted(
         pool = pool.take(~long)
     elif overlong_rows == "truncate":
         lost["truncated"] = cut = pool.take(long)
-        ends = [bool(mask_of(address + max_tokens, 1)[0]) for address in cut.address.tolist()]
-        lost["turn cut"] = cut.take(np.array(ends, bool))
+        lost["turn cut"] = cut.take(_cut_turns(cut, max_tokens, max_tokens, mask_of))
         pool = _pieces(pool, np.arange(len(pool)), 0 * pool.length, pool.length.clip(max=max_tokens), mask_of)
     elif overlong_rows == "split":
-        lost["split"] = pool.take(long)
+        lost["split"] = cut = pool.take(long)
+        longest = int(pool.length.max(initial=0))
+        lost["turn cut"] = cut.take(_cut_turns(cut, max_tokens, longest, mask_of))
         pool = _pieces(pool, *split(pool.length, max_tokens), mask_of)
     idle = pool.num_trained == 0
     return pool.take(~idle), lost | {"nothing trained": pool.take(idle)}
+
+
+def _cut_turns(
+    cut: Pool, max_tokens: int, last: int, mask_of: Callable[[int, int], np.ndarray]
+) -> np.ndarray:
+    """Which documents are cut inside a turn, with a trained token on either side, at any cut up to `last`."""
+    return np.array(
+        [
+            any(
+                mask_of(address + at - 1, 2).all()
+                for at in range(max_tokens, min(length, last + 1), max_tokens)
+            )
+            for address, length in zip(cut.address.tolist(), cut.length.tolist(), strict=True)
+        ],
+        bool,
+    )
 
 
 def _pieces(

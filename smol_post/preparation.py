@@ -44,7 +44,7 @@ def parent_tokenizer(
     path = job.parent_paths[0]
     if not path.startswith("../"):
         return vocabulary.load_tokenizer(
-            Path(path).expanduser() if path.startswith(("/", "~")) else hub.tokenizer(path)
+            Path(path).expanduser() if path.startswith(("/", "~")) else hub.checkpoint(path, weights=False)
         )
     parent = next(one for one in pipeline if one.name == path[3:].split("/")[0])
     if parent.name not in known:
@@ -59,9 +59,9 @@ def parent_tokenizer(
 
 
 def _prepared(
-    arguments: argparse.Namespace, pairs: list[str], *, num_workers: int = 1
+    arguments: argparse.Namespace, pairs: list[str], *, num_workers: int = 1, one: bool = False
 ) -> Iterator[tuple[Job, "PreTrainedTokenizerBase", "Prepared"]]:
-    """Every run asked for that trains, with its tokenizer and its data, one after another."""
+    """Every run asked for that trains (or the only one), with its tokenizer and its data, one by one."""
     from smol_post import data, vocabulary
 
     where = Path(arguments.recipe)
@@ -70,6 +70,9 @@ def _prepared(
     jobs = [job for job in plan.jobs if isinstance(job.recipe, config.Training)]
     if not jobs:
         raise Refusal(f"{where}: no run of it has sources; give the recipe of a stage that trains")
+    if one and len(jobs) > 1:
+        names = ", ".join(job.name for job in jobs)
+        raise Refusal(f"{where}: found the runs {names}; name one, --run {jobs[0].name}")
     known: dict[str, PreTrainedTokenizerBase] = {}
     for job in jobs:
         assert isinstance(job.recipe, config.Training)
@@ -119,13 +122,9 @@ def inspect(argv: list[str]) -> int:
         arguments, pairs = _parse(parser, argv)
         if arguments.rows < 1:
             raise Refusal(f"--rows: found {arguments.rows}, wanted at least 1")
-        made = list(_prepared(arguments, pairs))
-        if len(made) > 1:
-            names = ", ".join(job.name for job, _, _ in made)
-            raise Refusal(f"{arguments.recipe}: found the runs {names}; name one, --run {made[0][0].name}")
+        ((job, tokenizer, prepared),) = _prepared(arguments, pairs, one=True)
         from smol_post import inspection
 
-        ((job, tokenizer, prepared),) = made
         rows = list(
             inspection.sample(
                 prepared,
@@ -140,8 +139,11 @@ def inspect(argv: list[str]) -> int:
                 say(json.dumps(inspection.to_json(row), ensure_ascii=False))
         elif arguments.html:
             page = inspection.to_html(rows, title=f"{job.name}: {arguments.recipe}", ledger=prepared.ledger)
-            arguments.html.parent.mkdir(parents=True, exist_ok=True)
-            arguments.html.write_text(page, encoding="utf-8")
+            try:
+                arguments.html.parent.mkdir(parents=True, exist_ok=True)
+                arguments.html.write_text(page, encoding="utf-8")
+            except OSError as error:
+                raise Refusal(f"--html {arguments.html}: {error.strerror}; name another file") from None
             say(f"page: {arguments.html}")
         else:
             color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -149,8 +151,6 @@ def inspect(argv: list[str]) -> int:
                 say(line)
     except Refusal as refusal:
         return runner.refuse(refusal)
-    except BrokenPipeError:  # `| head` has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  so that closing it does not fail again
     return runner.EXIT_OK
 
 

@@ -250,7 +250,7 @@ def execute_all(jobs: list[Job], *, separate: bool) -> int:
         return EXIT_OK
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["datasets", "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer"])
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     for job in jobs:
         try:
             examined = examine(job)
@@ -274,13 +274,18 @@ def execute_all(jobs: list[Job], *, separate: bool) -> int:
 def _child(job: Job, examined: tuple[list[Parent], str]) -> None:
     """One run in a process of its own; Ctrl-C, SIGTERM and the end of the parent interrupt it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and passes it on as SIGTERM
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(
         target=lambda: (parent.join(), os.kill(os.getpid(), signal.SIGTERM)), daemon=True
     ).start()
     sys.exit(execute(job, examined))
+
+
+def interrupt_on_sigterm() -> None:
+    """SIGTERM ends this process as Ctrl-C does: what is under way is put in order first."""
+    signal.signal(signal.SIGTERM, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -355,5 +360,5 @@ def main(stage: str) -> None:
     A script run by path is `__main__`; `execute` imports the stage by its name, so both doors run the same
     code.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     sys.exit(stage_command(stage, sys.argv[1:], program=f"smol_post/{stage}.py", separate=False))

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smol_post import hub, manifest, synthetic
-from smol_post.config import COLUMNS, Source, is_local, local_path
+from smol_post.config import COLUMNS, FILES, Source, is_local, local_path
 from smol_post.refusal import Refusal
 
 _BATCH_ROWS = 512
@@ -50,7 +50,7 @@ def read_rows(source: Source, *, folder: Path) -> Iterator[Raw]:
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         number = sum(1 for _ in _lines(path)) if source.keep_fraction < 1 else 0
         return _kept(_lines(path), number, source)
-    if path.suffix == ".json":
+    if path.name.endswith((".json", ".json.gz")):
         rows = _json_list(path)
         return _kept(_numbered(rows, len(rows)), len(rows), source)
     if path.suffix == ".parquet":
@@ -61,8 +61,7 @@ def read_rows(source: Source, *, folder: Path) -> Iterator[Raw]:
         number = file.metadata.num_rows
         return _kept(_numbered(_parquet(file, source), number), number, source)
     raise Refusal(
-        f"source '{source.name}': {source.path}: wanted .json, .jsonl, .jsonl.gz, .parquet or a folder saved "
-        "by datasets"
+        f"source '{source.name}': {source.path}: wanted {', '.join(FILES)} or a folder saved by datasets"
     )
 
 
@@ -83,7 +82,8 @@ def parse_row(content: bytes | Mapping[str, Any], *, columns: Mapping[str, str])
     for theirs in columns.values():
         if theirs not in row:
             raise ValueError(f"columns: found {', '.join(map(str, row)) or 'none'}, wanted '{theirs}'")
-    return {ours: row[theirs] for ours, theirs in columns.items()}
+    kept = {name: row[name] for name in row if name in COLUMNS and name not in columns.values()}
+    return kept | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
 def _kept(rows: Iterable[Raw], number: int, source: Source) -> Iterator[Raw]:
@@ -125,13 +125,14 @@ def _lines(path: Path) -> Iterator[Raw]:
 
 def _json_list(path: Path) -> list[Any]:
     try:
-        rows = json.loads(path.read_bytes())
-    except OSError as error:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            rows = json.load(stream)
+    except (OSError, EOFError, zlib.error) as error:
         raise Refusal(f"{path}: not readable ({error}); restore the file") from None
     except (ValueError, RecursionError) as error:
         raise Refusal(f"{path}: not JSON ({error}); mend the file") from None
     if not isinstance(rows, list):
-        raise Refusal(f"{path}: found {type(rows).__name__}, wanted a list of rows")
+        raise Refusal(f"{path}: found {type(rows).__name__}, wanted a list of rows; mend it, or write JSONL")
     return rows
 
 
@@ -156,7 +157,7 @@ def _plain(table: datasets.Dataset, source: Source) -> Iterator[dict[str, Any]]:
 
 def _readable(found: Sequence[str], source: Source) -> list[str]:
     """The columns to read; Refusal where one that the recipe names is missing, or none is known."""
-    wanted = list(source.columns.values()) or [name for name in found if name in COLUMNS]
+    wanted = list(dict.fromkeys([*source.columns.values(), *(name for name in found if name in COLUMNS)]))
     missing = [name for name in wanted if name not in found]
     if missing or not wanted:
         what = f"'{missing[0]}'" if missing else "text, prompt + completion, messages, or chosen + rejected"
@@ -203,6 +204,11 @@ def pin(source: Source, folder: Path) -> tuple[Source, Any]:
         return source, None
     path = local_path(source.path, folder)
     if not is_local(source.path):
+        if path.exists():
+            raise Refusal(
+                f"source '{source.name}': {source.path} is a folder here and reads like a Hub data set; "
+                f"write ./{source.path}"
+            )
         commit = hub.dataset_revision(source.path, revision=source.revision, source=source.name)
         return source.model_copy(update={"revision": commit}), commit
     if not path.exists():

@@ -38,7 +38,6 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", categ
 Announce = Callable[[str], None]
 
 LOG = "train_log.jsonl"
-WHOLE = "whole.json"
 
 
 def accumulation_steps(recipe: Training, num_processes: int) -> int:
@@ -308,7 +307,7 @@ class Log(TrainerCallback):
         PartialState().wait_for_everyone()  # every rank has written its part
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
-            manifest.write_json(folder / WHOLE, _sizes(folder))
+            manifest.seal(folder)
 
     @staticmethod
     def _path(args: TrainingArguments) -> Path:
@@ -323,25 +322,13 @@ def _step(line: str) -> float:
         return math.inf
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    return {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != WHOLE
-    }
-
-
 def last_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint of a run that is sealed and has all its files; torn ones are passed over."""
     found = sorted(
         (run_dir / manifest.CHECKPOINTS).glob("checkpoint-*"),
         key=lambda path: -int(path.name.rsplit("-", 1)[1]),
     )
-    for folder in found:
-        seal = folder / WHOLE
-        if seal.is_file() and json.loads(seal.read_text()) == _sizes(folder):
-            return folder
-    return None
+    return next(filter(manifest.is_sealed, found), None)
 
 
 def fit(

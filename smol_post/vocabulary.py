@@ -54,6 +54,7 @@ def of_run(recipe: Training, tokenizer: PreTrainedTokenizerBase, *, folder: Path
             raise Refusal("chat_template: the parent's tokenizer has none; set chat_template: smol_post")
     if template:
         _require_tokens(tokenizer, template)
+        _try_template(tokenizer, template, name=str(name), date_string=recipe.date_string)
     if text_end not in tokenizer.get_vocab():
         raise Refusal(f"text_end: the vocabulary has no token {text_end!r}; name the one that ends a text")
     if isinstance(recipe, MidRecipe | SftRecipe | ApoRecipe):
@@ -70,6 +71,17 @@ def _require_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
             f"the vocabulary lacks {', '.join(lacking)}, which the chat template writes; "
             "add them in the first run of the chain (add_tokens: [...])"
         )
+
+
+def _try_template(tokenizer: PreTrainedTokenizerBase, template: str, *, name: str, date_string: str) -> None:
+    """Refusal where the template cannot write the plainest chat: what is wrong then is no row's fault."""
+    chats = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    try:
+        chat.check_masks(chats, tokenizer, template=template, date_string=date_string, mode="think")
+    except ValueError as error:
+        raise Refusal(
+            f"chat_template {name}: it cannot write a chat of two turns: {error}; mend it"
+        ) from None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

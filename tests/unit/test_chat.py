@@ -1026,6 +1026,8 @@ YO = say("assistant", "Yo")
         ({"messages": [*HI, {"role": "assistant"}]}, r"^messages\[1\] .*: neither content nor tool calls$"),
         ({"messages": [*HI, YO | {"tool_calls": [], "content": None}]}, "neither content nor tool calls$"),
         ({"messages": [*HI, YO | {"tool_calls": 0}]}, "tool_calls: wanted a list of objects, found 0$"),
+        ({"messages": [*HI, say("assistant", "x <|endoftext|> y")]}, "holds the special token <|endoftext|>"),
+        ({"messages": [*HI, {"role": 5, "content": "x"}]}, "role: wanted text, found 5$"),
         (
             {"messages": [*HI, YO | {"reasoning": 1}]},
             r"^messages\[1\] .*: wanted text as reasoning, found 1$",

@@ -48,7 +48,10 @@ def refusal(folder: Path, **changes: Any) -> str:
         ({"sources": []}, "sources: found \\[\\]"),
         ({"sources__0__keep_fraction": 0.0}, "sources.0.keep_fraction: found 0.0"),
         ({"sources__0__path": "rows.jsonl"}, "exactly one of 'path' and 'generator'"),
-        ({"sources": [{"name": "s", "path": "r.jsonl.gz", "split": "test"}]}, "'split' is for data sets, a file"),
+        (
+            {"sources": [{"name": "s", "path": "r.jsonl.gz", "split": "test"}]},
+            "'split' is for data sets, a file",
+        ),
         ({"sources": [{"name": "s", "path": "r.json", "columns": {"promt": "q"}}]}, "did you mean 'prompt'"),
         ({"sources__0__columns": {"prompt": "q"}}, "'columns' goes with 'path' only"),
         ({"sources__0__token_share": 0.5}, "token_share: 1 of 1 sources have one, in all 0.5"),

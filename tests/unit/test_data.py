@@ -185,17 +185,15 @@ def test_no_token_is_lost_or_doubled_by_any_packing(prepare: Prepare) -> None:
     assert all_ids(prepare(sources=rows_source(repeat=3))) == sorted(found[0] * 3)
 
 
-def test_sources_are_read_at_their_own_addresses_also_beside_an_empty_one(
-    prepare: Prepare, tmp_path: Path
-) -> None:
-    write_lines(tmp_path / "bad.jsonl", [{"text": 5}])
+def test_sources_are_read_at_their_own_addresses(prepare: Prepare, tmp_path: Path) -> None:
     write_lines(tmp_path / "b.jsonl", [{"text": f"other {number}"} for number in range(5)])
-    a, bad, b = (Source(name=name, path=f"{name}.jsonl") for name in ("rows", "bad", "b"))
-    alone = sorted(all_ids(prepare(sources=[a])) + all_ids(prepare(sources=[b])))
-    for sources in ([bad, a, b], [a, bad, b], [a, b, bad]):
+    write_lines(tmp_path / "c.jsonl", [{"text": "third"}, {"text": 5}])
+    a, b, c = (Source(name=name, path=f"{name}.jsonl") for name in ("rows", "b", "c"))
+    alone = [all_ids(prepare(sources=[one], on_bad_rows="skip")) for one in (a, b, c)]
+    for sources in ([c, a, b], [a, c, b], [a, b, c]):
         made = prepare(sources=sources, on_bad_rows="skip")
-        assert all_ids(made) == alone
-        assert made.ledger["by_source"]["bad"]["num_skipped_rows"] == made.ledger["num_skipped_rows"] == 1
+        assert all_ids(made) == sorted(ids for each in alone for ids in each)
+        assert made.ledger["by_source"]["c"]["num_skipped_rows"] == made.ledger["num_skipped_rows"] == 1
 
 
 def test_one_file_under_two_names_is_tokenised_once_and_counted_twice(
@@ -273,6 +271,28 @@ def test_an_answer_that_is_cut_is_counted_and_one_cut_before_is_not(prepare: Pre
     assert ledger["dropped"] == {"nothing trained": 1}
 
 
+def test_packs_with_nothing_trained_are_left_out_and_counted(prepare: Prepare, tmp_path: Path) -> None:
+    """A step on such packs alone would have no loss to take."""
+    rows = [{"prompt": "a " * 99, "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    made = prepare(packing="wrapped", loss_on="completion", max_tokens=16)
+    assert all((np.array(labels) != data.IGNORED).any() for labels in made.dataset["labels"])
+    assert made.ledger["num_tokens"] < 200
+    assert made.ledger["dropped"] == {"in packs with nothing trained": 1}
+
+
+def test_shares_hold_for_what_is_left_after_long_rows_are_dropped(prepare: Prepare, tmp_path: Path) -> None:
+    write_lines(tmp_path / "long.jsonl", [{"text": "x " * 99}] * 20 + [{"text": "short one"}] * 20)
+    sources = [Source(name="long", path="long.jsonl", token_share=0.5), *rows_source(token_share=0.5)]
+    ledger = prepare(sources=sources).ledger
+    shares = [one["num_tokens"] for one in ledger["by_source"].values()]
+    assert shares[0] == pytest.approx(shares[1], rel=0.1)
+    assert ledger["dropped"].keys() == {
+        "longer than max_tokens",
+        "left out by token_share or think_to_no_think",
+    }
+
+
 def test_the_same_inputs_hit_the_cache(prepare: Prepare, tmp_path: Path) -> None:
     first = prepare()
     before = files(tmp_path)
@@ -302,7 +322,11 @@ CHANGES: dict[str, tuple[Row, Row, bool]] = {
     "packing": ({}, {"packing": "wrapped"}, False),
     "wrapped packing": ({"packing": "wrapped"}, {"packing": "wrapped_cross_document"}, False),
     "overlong_rows": ({}, {"overlong_rows": "truncate"}, False),
-    "think_to_no_think": ({}, {"think_to_no_think": 1.0}, False),
+    "think_to_no_think": (
+        {"sources": MIX[:1], "max_tokens": 512},
+        {"sources": MIX[:1], "max_tokens": 512, "think_to_no_think": 1.0},
+        False,
+    ),
     "source name": ({}, {"sources": rows_source(name="other")}, False),
     "repeat": ({}, {"sources": rows_source(repeat=2)}, False),
     "token_share": ({}, {"sources": rows_source(token_share=1.0)}, False),
@@ -503,18 +527,11 @@ def test_a_set_of_less_than_one_batch_is_refused(prepare: Prepare) -> None:
 @pytest.mark.parametrize(
     ("lines", "changes", "why"),
     [
-        (b"", {}, "empty"),
         (b'{"text": ""}\n', {}, "1 rows dropped: nothing trained"),
         (b'{"text": "long long long"}\n', {"max_tokens": 2}, "1 rows dropped: longer than max_tokens"),
-        (b'{"text": 5}\n', {"on_bad_rows": "skip"}, "1 rows skipped: rows: text: found int, wanted text"),
-        (
-            b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
-            {"think_to_no_think": 1.0, "sources": rows_source(mode="think"), "max_tokens": 999},
-            "1 rows dropped: left out by token_share or think_to_no_think",
-        ),
     ],
 )
-def test_sources_that_leave_nothing_to_train_on_are_refused_with_the_reason(
+def test_rows_that_leave_nothing_to_train_on_are_refused_with_the_reason(
     prepare: Prepare, tmp_path: Path, lines: bytes, changes: Row, why: str
 ) -> None:
     (tmp_path / "rows.jsonl").write_bytes(lines)
@@ -523,6 +540,30 @@ def test_sources_that_leave_nothing_to_train_on_are_refused_with_the_reason(
     assert (
         str(caught.value) == f"sources 'rows': no rows left to train on ({why}); check sources and max_tokens"
     )
+
+
+CHAT = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+
+
+@pytest.mark.parametrize(
+    ("lines", "changes", "message"),
+    [
+        (b"", {}, "source 'none': none.jsonl: no rows to train on (it is empty); mend or remove it"),
+        (b'{"text": 5}\n', {"on_bad_rows": "skip"}, "(1 skipped: text: found int, wanted text); mend or"),
+        (CHAT, {"think_to_no_think": 1.0}, "think_to_no_think: mode no_think has no tokens that fit"),
+        (CHAT, {"max_tokens": 16, "shares": [0.5, 0.5]}, "token_share: source 'none' has no tokens that fit"),
+    ],
+)
+def test_a_source_or_mode_of_nothing_beside_others_is_refused(
+    prepare: Prepare, tmp_path: Path, lines: bytes, changes: Row, message: str
+) -> None:
+    (tmp_path / "none.jsonl").write_bytes(lines)
+    shares = changes.get("shares", [None, None])
+    none = Source(name="none", path="none.jsonl", mode="think", token_share=shares[0])
+    given = {"max_tokens": 512, **{key: value for key, value in changes.items() if key != "shares"}}
+    with pytest.raises(Refusal) as caught:
+        prepare(sources=[none, *rows_source(token_share=shares[1])], **given)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

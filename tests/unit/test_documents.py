@@ -474,9 +474,34 @@ def test_null_structs_of_a_table_are_named(encoder: Encoders, tmp_path: Path) ->
     ]
 
 
-def test_a_source_of_no_rows_is_an_empty_store(build: Build) -> None:
-    store = build(b"")
-    assert (len(store.tokens), len(store.records), store.ledger["num_rows"]) == (0, 0, 0)
+def test_a_source_of_no_rows_is_refused(build: Build) -> None:
+    with pytest.raises(Refusal, match=r"'mine': rows\.jsonl: no rows to train on \(it is empty\); mend or"):
+        build(b"")
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut short", "unsealed"])
+def test_what_was_lost_from_the_cache_is_made_anew(tmp_path: Path, damage: str) -> None:
+    def build(target: Path) -> None:
+        (target / "tokens.bin").write_bytes(b"12345678")
+
+    made = once(tmp_path, "abc", build)
+    if damage == "deleted":
+        (made / "tokens.bin").unlink()
+    if damage == "cut short":
+        (made / "tokens.bin").write_bytes(b"1234")
+    if damage == "unsealed":
+        (made / "whole.json").unlink()
+    assert (once(tmp_path, "abc", build) / "tokens.bin").read_bytes() == b"12345678"
+
+
+def test_a_whole_cache_is_read_where_nothing_can_be_written(tmp_path: Path) -> None:
+    made = once(tmp_path / "cache", "abc", lambda target: (target / "a").write_text("x") and None)
+    (tmp_path / "cache" / "abc.lock").unlink()
+    (tmp_path / "cache" / "abc.lock").mkdir()  # a lock that cannot be opened, for root too
+    assert once(tmp_path / "cache", "abc", lambda target: None) == made
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(Refusal, match=r"file: cannot be written .*; choose another --run-dir"):
+        once(tmp_path / "file", "abc", lambda target: None)
 
 
 class Interrupted(BaseException):
@@ -493,14 +518,14 @@ def test_an_interrupted_build_leaves_nothing_and_is_made_anew(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["abc.lock"]
     made = once(tmp_path, "sha256:abc", lambda target: (target / "whole").write_text("x") and None)
     assert made == tmp_path / "abc"
-    assert [path.name for path in made.iterdir()] == ["whole"]
+    assert sorted(path.name for path in made.iterdir()) == ["whole", "whole.json"]
 
 
 def test_what_a_killed_build_left_is_no_part_of_the_next(tmp_path: Path) -> None:
     (tmp_path / "abc.half").mkdir()
     (tmp_path / "abc.half" / "torn").write_text("x")
     made = once(tmp_path, "abc", lambda target: (target / "whole").write_text("x") and None)
-    assert [path.name for path in made.iterdir()] == ["whole"]
+    assert sorted(path.name for path in made.iterdir()) == ["whole", "whole.json"]
     assert not (tmp_path / "abc.half").exists()
 
 

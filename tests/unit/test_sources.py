@@ -18,11 +18,11 @@ import pytest
 from smol_post import sources
 from smol_post.config import Source
 from smol_post.refusal import Refusal
-from smol_post.sources import parse_row, read_rows
+from smol_post.sources import parse_row, pin, read_rows
 
 Row = dict[str, Any]
 ROWS: list[Row] = [{"prompt": f"ä{number}\u2028\n", "completion": f"b{number}"} for number in range(1200)]
-FORMS = ("rows.json", "rows.jsonl", "rows.jsonl.gz", "rows.parquet", "./saved", "./splits")
+FORMS = ("rows.json", "rows.json.gz", "rows.jsonl", "rows.jsonl.gz", "rows.parquet", "./saved", "./splits")
 
 
 def as_lines(rows: list[Row]) -> bytes:
@@ -34,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same rows in every form."""
     where = tmp_path_factory.mktemp("sources")
     (where / "rows.json").write_text(json.dumps(ROWS))
+    (where / "rows.json.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode()))
     (where / "rows.jsonl").write_bytes(as_lines(ROWS))
     (where / "rows.jsonl.gz").write_bytes(gzip.compress(as_lines(ROWS)))
     table = datasets.Dataset.from_list(ROWS)
@@ -70,6 +71,18 @@ def test_a_set_saved_in_the_form_of_another_library_is_read_as_rows(tmp_path: Pa
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3
     datasets.Dataset.from_list(rows).with_format(form).save_to_disk(tmp_path / "saved")
     assert read(tmp_path, "./saved") == list(enumerate(rows, 1))
+
+
+def test_a_folder_that_reads_like_a_hub_set_is_refused(folder: Path) -> None:
+    """With a network, a stranger's set of that name would be trained on."""
+    (folder / "data").mkdir()
+    with pytest.raises(Refusal, match=r"data is a folder here and reads like a Hub data set; write \./data$"):
+        pin(Source(name="s", path="data"), folder)
+
+
+def test_a_hub_set_at_a_whole_commit_needs_no_network(folder: Path) -> None:
+    source = Source(name="s", path="org/set", revision="a" * 40)
+    assert pin(source, folder) == (source, "a" * 40)
 
 
 def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path: Path) -> None:
@@ -116,9 +129,10 @@ def test_a_generator_is_a_source_like_any_other() -> None:
 
 
 @pytest.mark.parametrize("path", FORMS)
-def test_columns_take_our_names_and_all_others_are_left_out(folder: Path, path: str) -> None:
+def test_columns_take_our_names_and_others_keep_theirs(folder: Path, path: str) -> None:
     found = read(folder, path, columns={"text": "completion"})
-    assert found == [(number, {"text": row["completion"]}) for number, row in enumerate(ROWS, 1)]
+    wanted = [{"prompt": row["prompt"], "text": row["completion"]} for row in ROWS]
+    assert found == list(enumerate(wanted, 1))
 
 
 @pytest.mark.parametrize("path", ["rows.parquet", "./saved", "./splits"])
@@ -200,7 +214,11 @@ def test_the_corrupt_stream_of_these_tests_is_what_zlib_refuses() -> None:
         ("r.json", b"[" * 100_000, r"r\.json: not JSON"),
         ("r.parquet", b"no parquet", r"source 's': r\.parquet: could not be loaded"),
         ("r.parquet", b"", r"source 's': r\.parquet: could not be loaded"),
-        ("./r.csv", b"text\na\n", r"source 's': \./r\.csv: wanted \.json, \.jsonl, \.jsonl\.gz, \.parquet"),
+        (
+            "./r.csv",
+            b"text\na\n",
+            r"source 's': \./r\.csv: wanted \.json, \.json\.gz, \.jsonl, \.jsonl\.gz, \.parquet",
+        ),
         ("r.jsonl", None, r"r\.jsonl: not readable \(.*No such file"),
         ("r.jsonl.gz", None, r"r\.jsonl\.gz: not readable \(.*No such file"),
         ("r.json", None, r"r\.json: not readable \(.*No such file"),

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from smol_post import config, training
+from smol_post import config, manifest, training
 from smol_post.refusal import Refusal
 
 Build = Callable[..., Any]
@@ -86,7 +86,7 @@ def checkpoint(run_dir: Path, step: int, *, sealed: bool = True) -> Path:
     for name in names:
         (folder / name).write_text(name)
     if sealed:
-        (folder / training.WHOLE).write_text(json.dumps({name: len(name) for name in names}))
+        (folder / manifest.SEAL).write_text(json.dumps({name: len(name) for name in names}))
     return folder
 
 

@@ -73,6 +73,26 @@ def test_tokens_that_template_or_text_want_and_the_vocabulary_lacks_are_named(
         vocabulary.of_run(ends, plain, folder=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("<|im_start|>{{ messages[0].content }}<|im_end|>", "marks 0 of 1 assistant turns"),
+        ("<|im_start|>{{ messages + 1 }}<|im_end|>", "can only concatenate list"),
+        ("<|im_start|>{% for message in messages %}<|im_end|>", "Unexpected end of template"),
+    ],
+)
+def test_a_broken_template_is_refused_before_any_row_is_blamed(
+    plain: Any, tmp_path: Path, text: str, complaint: str
+) -> None:
+    (tmp_path / "own.jinja").write_text(text)
+    own = recipe(config.SftRecipe, "sft", chat_template="own.jinja")
+    with pytest.raises(
+        Refusal, match=r"chat_template own\.jinja: it cannot write a chat of two turns: "
+    ) as caught:
+        vocabulary.of_run(own, plain, folder=tmp_path)
+    assert complaint in str(caught.value) or "lost" in str(caught.value)
+
+
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="no loadable tokenizer") as caught:
         vocabulary.load_tokenizer(tmp_path)
