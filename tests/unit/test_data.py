@@ -276,7 +276,7 @@ def test_packs_with_nothing_trained_are_left_out_and_counted(prepare: Prepare, t
     rows = [{"prompt": "a " * 99, "completion": "b"}, {"prompt": "c", "completion": "d"}]
     write_lines(tmp_path / "rows.jsonl", rows)
     made = prepare(packing="wrapped", loss_on="completion", max_tokens=16)
-    assert all((np.array(labels) != data.IGNORED).any() for labels in made.dataset["labels"])
+    assert all((np.array(labels) != data.IGNORED).any() for labels in made.dataset[:]["labels"])
     assert made.ledger["num_tokens"] < 200
     assert made.ledger["dropped"] == {"in packs with nothing trained": 1}
 
