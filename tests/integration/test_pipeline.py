@@ -157,9 +157,22 @@ def test_a_parent_that_was_touched_is_refused(
     assert not (root / "sft").exists()
 
 
+def test_what_is_prepared_before_any_run_exists_is_what_the_runs_train_on(
+    chain: Chain, command: Command, tmp_path: Path
+) -> None:
+    done = command("smol-post", "prepare", chain[0], "--run-dir", tmp_path, "--json")
+    prepared = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["run"] for one in prepared] == RUNS[:-1]
+    for one in prepared:
+        trained = manifest_of(chain[1], one["run"])["data"]
+        assert {key: one[key] for key in trained if "seconds" not in key and key != "by_source"} == {
+            key: trained[key] for key in trained if "seconds" not in key and key != "by_source"
+        }
+
+
 CHATS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
 ROWS = {
-    "empty data": ([], "no rows left to train on (empty sources)"),
+    "empty data": ([], "rows.jsonl: no rows to train on (it is empty); mend or remove it"),
     "no assistant turn": (
         [{"messages": CHATS}, {"messages": CHATS[:1]}],
         "row 2: no assistant turn to train on: the roles are user",
@@ -176,7 +189,7 @@ def test_bad_rows_are_refused_in_one_line_and_the_parent_is_left_alone(
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (recipe_folder / "rows.jsonl").write_text("".join(line + "\n" for line in lines))
     tree = yaml.safe_load((recipe_folder / "sft.yaml").read_text())
-    tree["sources"] = [{"name": "chats", "path": "rows.jsonl"}]
+    tree["sources"] = [{"name": "chats", "path": "rows.jsonl", "mode": "think"}]
     (recipe_folder / "sft.yaml").write_text(yaml.safe_dump(tree))
     root = copy_runs(chain[1], tmp_path / "runs", "mid")
     before = snapshot(root / "mid")
