@@ -289,7 +289,8 @@ def _pack_index(recipe: Training, stores: Sequence[Store], tokens: Tokens) -> tu
     """Addresses and lengths of the pieces of every pack, and what there is to count."""
     strategy, max_tokens = getattr(recipe, "packing", "bfd"), recipe.max_tokens
     overlong = getattr(recipe, "overlong_rows", "drop") if strategy == "bfd" else "wrap"
-    pool = _repeated(recipe, Pool.of(stores))
+    every = Pool.of(stores)
+    pool = _repeated(recipe, every)
     pool, lost = mixture.fitted(pool, max_tokens=max_tokens, overlong_rows=overlong, mask_of=tokens.mask)
     pool, left_out = _balanced(recipe, pool)
     pack = packing.best_fit_decreasing if strategy == "bfd" else packing.wrapped
@@ -299,19 +300,15 @@ def _pack_index(recipe: Training, stores: Sequence[Store], tokens: Tokens) -> tu
     if idle.any():  # pieces of long untrained stretches; a step on them alone would have no loss to take
         which = np.repeat(idle, np.diff(packs.bounds)) & (packs.start == 0)
         lost["in packs with nothing trained"] = pool.take(packs.document[which])
-    packs = packs.take(np.random.default_rng(recipe.seed).permutation(np.flatnonzero(~idle)))
-    trained = _trained(pool, packs, tokens, isolate=strategy != "wrapped_cross_document")
+    packs, kept = packs.take(np.random.default_rng(recipe.seed).permutation(np.flatnonzero(~idle)))
     pieces = pool.take(packs.document)
     address = pieces.address + packs.start
-    firsts = Pool.of(stores).address
-    whole = (
-        firsts[np.searchsorted(firsts, address, side="right") - 1] == address if len(address) else address > 0
-    )
+    opens = np.isin(address, every.address)  # a document; other pieces go on with one
     table = {"address": address, "length": packs.lengths}
     counts: Counts = {
-        "num_documents": (pieces, whole),
+        "num_documents": (pieces, opens),
         "num_tokens": (pieces, packs.lengths),
-        "num_trained_tokens": (pieces, trained),
+        "num_trained_tokens": (pieces, trained[kept]),
         **{kind: (one, np.ones(len(one))) for kind, one in (lost | left_out).items()},
     }
     return pa.table({key: _lists(values, packs.bounds) for key, values in table.items()}), counts

@@ -18,7 +18,7 @@ from smol_post import manifest
 from smol_post.config import EvalsRecipe
 from smol_post.plan import Job, say
 
-_CODE = ("evals.py", "scoring.py", "synthetic.py", "chat.py")
+_CODE = ("evals.py", "scoring.py", "synthetic.py", "chat.py", "messages.py", "encoding.py")
 
 
 def checkpoints(jobs: Sequence[Job]) -> Iterator[tuple[str, str, Path, str]]:

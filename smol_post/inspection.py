@@ -29,6 +29,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from smol_post.data import IGNORED, Prepared
 from smol_post.documents import MODES
+from smol_post.mixture import Pool
 from smol_post.refusal import Refusal, did_you_mean
 
 _BATCH_PACKS = 1000  # of the index at a time
@@ -100,9 +101,8 @@ def sample(
         if name is not None and name not in known:
             raise Refusal(f"--{option} {name}: no such {option}{did_you_mean(name, known)}")
     records = [store.records for store in prepared.stores]
-    bases = np.cumsum([0, *(len(store.tokens) for store in prepared.stores)])[:-1]
-    address = np.concatenate([of["address"] + base for of, base in zip(records, bases, strict=True)])
-    kind = np.concatenate([at * len(MODES) + of["mode"].astype(np.int16) for at, of in enumerate(records)])
+    pool = Pool.of(prepared.stores)
+    address, kind = pool.address, pool.source * len(MODES) + pool.mode
     first = np.cumsum([0, *map(len, records)])
     dataset, index = prepared.dataset, prepared.dataset.with_format(None)
     wanted = [

@@ -45,12 +45,12 @@ class Packs:
         """Share of the room of all packs that holds tokens, 0 to 1."""
         return float(self.lengths.sum()) / (len(self) * capacity) if len(self) else 0.0
 
-    def take(self, order: np.ndarray) -> "Packs":
-        """The packs of these numbers, in this order."""
+    def take(self, order: np.ndarray) -> tuple["Packs", np.ndarray]:
+        """The packs of these numbers, in this order, and the numbers of their pieces here."""
         sizes = np.diff(self.bounds)[order]
         bounds = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         pieces = np.repeat(self.bounds[:-1][order] - bounds[:-1], sizes) + np.arange(bounds[-1])
-        return Packs(self.document[pieces], self.start[pieces], self.stop[pieces], bounds)
+        return Packs(self.document[pieces], self.start[pieces], self.stop[pieces], bounds), pieces
 
 
 def split(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
