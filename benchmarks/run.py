@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import smol_post
-from benchmarks import packing, preparing
+from benchmarks import attention, loss, packing, preparing
 from benchmarks.measure import Result, apart
 
 BENCHMARKS: dict[str, Callable[..., Result]] = {
@@ -26,6 +26,8 @@ BENCHMARKS: dict[str, Callable[..., Result]] = {
     "prepare": preparing.prepare,
     "packs": packing.packs,
     "memory": preparing.memory,
+    "attention": attention.attention,
+    "loss": loss.loss,
 }
 RESULTS = Path(__file__).parent / "results"
 _SOURCES = {".py", ".jinja", ".json"}

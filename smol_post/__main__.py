@@ -16,8 +16,10 @@ COMMANDS = {
     **STAGES,
     "evals": "evaluate every whole checkpoint of a run folder",
     "report": "write report.html and report.md of a run folder",
+    "export": "write a variant of a checkpoint for inference at a longer context, by YaRN",
     "prepare": "tokenise and pack the data of a recipe's runs, and count it; no weights needed",
     "inspect": "show rows as the trainer gets them, token by token; no weights needed",
+    "verify": "prove a run before step 1: masks, isolation, losses, precision, on its model and data",
     "check": "validate a recipe file or folder, without torch",
 }
 
@@ -70,6 +72,14 @@ def dispatch(command: str, rest: list[str]) -> int:
 
         stage = command.replace("-", "_")
         return runner.stage_command(stage, rest, program=f"smol-post {command}", separate=True)
+    if command == "verify":
+        from smol_post.verify import verify
+
+        return verify(rest, program="smol-post verify", separate=True)
+    if command == "export":
+        from smol_post import export
+
+        return export.export(rest)
     if command in ("prepare", "inspect"):
         from smol_post import preparation, runner
 

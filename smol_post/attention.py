@@ -8,7 +8,7 @@ each begins:
 
 On a CPU each document is one causal scaled-dot-product call; on CUDA the whole pack is one call of
 `torch.nn.attention.varlen.varlen_attn` (half precision; not exercised by the tests, which have no GPU).
-Batches that carry no packing information (generation, padded pairs) take transformers' ordinary SDPA path.
+Batches that carry no packing information (generation) take transformers' ordinary SDPA path.
 Registered as "varlen".
 
 Shape suffixes: B batch (1 for packs), H query heads, K key-value heads, L tokens, D head dimension.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from smol_post.refusal import Refusal, describe, did_you_mean, text_number
 from smol_post.trainer_block import check_trainer_block
@@ -87,7 +87,6 @@ class Training(Strict):
     num_threads: int | None = Field(default=None, gt=0)  # of one process on a CPU; None: torch's choice
     max_tokens: int = Field(gt=1)
     global_batch_size: int = Field(gt=0)
-    micro_batch_size: int = Field(default=1, gt=0)
     num_steps: int | None = Field(default=None, gt=0)
     num_epochs: float | None = Field(default=None, gt=0)
     attention: Literal["varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "varlen"
@@ -96,17 +95,18 @@ class Training(Strict):
     think_to_no_think: float | None = Field(default=None, gt=0)  # ratio of tokens, by leaving rows out
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
     max_row_characters: int = Field(default=10_000_000, gt=0)  # a longer row is a bad row
+    verify: Literal["quick", "full", "off"] = "quick"  # what is proved before step 1
     trainer: dict[str, Any] = {}
+
+    @field_validator("verify", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare off as false
 
     @model_validator(mode="after")
     def _one_length(self) -> "Training":
         if (self.num_steps is None) == (self.num_epochs is None):
             raise ValueError("give exactly one of 'num_steps' and 'num_epochs'")
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"global_batch_size: {self.global_batch_size} does not divide by micro_batch_size "
-                f"{self.micro_batch_size}; choose a micro_batch_size that divides it"
-            )
         names = [source.name for source in self.sources]
         for name in names:
             if names.count(name) > 1:
@@ -125,7 +125,17 @@ class Training(Strict):
 class Packed(Training):
     """Training on packs; `overlong_rows` says what happens to rows longer than a pack."""
 
+    micro_batch_size: int = Field(default=1, gt=0)
     overlong_rows: Literal["drop", "truncate", "split"] = "drop"
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> "Packed":
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size: {self.global_batch_size} does not divide by micro_batch_size "
+                f"{self.micro_batch_size}; choose a micro_batch_size that divides it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _nothing_ignored(self) -> "Packed":
@@ -195,13 +205,25 @@ class SftRecipe(Packed):
 
 
 class ApoRecipe(Training):
-    """Anchored preference optimisation; `global_batch_size` and `micro_batch_size` count pairs."""
+    """Anchored preference optimisation; `global_batch_size` counts pairs, `max_tokens` is of one side.
+
+    A process cuts its share of the batch into micro-batches of at most `micro_batch_tokens` tokens; the loss
+    does not depend on it. None: one pair of the longest, 2 max_tokens. reference: log-probabilities computed
+    once and kept ("cached"), or a second model in memory ("live").
+    """
 
     stage: Literal["apo"]
     chat_template: str | None = None
+    micro_batch_tokens: int | None = Field(default=None, gt=0)
+    reference: Literal["cached", "live"] = "cached"
 
     @model_validator(mode="after")
     def _on_answers(self) -> "ApoRecipe":
+        if (self.micro_batch_tokens or 2 * self.max_tokens) < 2 * self.max_tokens:
+            raise ValueError(
+                f"micro_batch_tokens: found {self.micro_batch_tokens}, wanted at least "
+                f"{2 * self.max_tokens}, the longest pair (2 x max_tokens)"
+            )
         for source in self.sources:
             if source.loss_on is not None:
                 raise ValueError(
@@ -222,7 +244,10 @@ class MergeRecipe(Strict):
 
 
 class EvalsRecipe(Strict):
-    """What is measured on every checkpoint of the chain."""
+    """What is measured on every checkpoint of the chain; `yarn_...`: on its last run, with YaRN and without.
+
+    num_threads: of one checkpoint; as many are measured at once as the cores then allow.
+    """
 
     stage: Literal["evals"]
     seed: int = 1_000_000
@@ -230,6 +255,9 @@ class EvalsRecipe(Strict):
     needle_tokens: list[int] = [64, 256, 512]
     num_needle_questions: int = Field(default=200, ge=0)
     needle_options: dict[str, Any] = {}
+    yarn_context: int | None = Field(default=None, gt=0)
+    yarn_needle_tokens: list[int] = []
+    num_yarn_questions: int = Field(default=100, gt=0)
     num_arithmetic_questions: int = Field(default=200, ge=0)
     arithmetic_options: dict[str, Any] = {}
     num_preference_pairs: int = Field(default=200, ge=0)
@@ -240,6 +268,12 @@ class EvalsRecipe(Strict):
     batch_size: int = Field(default=64, gt=0)
     date_string: str = "01 July 2025"
     num_samples: int = Field(default=2, ge=0)
+
+    @model_validator(mode="after")
+    def _whole_yarn(self) -> "EvalsRecipe":
+        if (self.yarn_context is None) != (not self.yarn_needle_tokens):
+            raise ValueError("give both 'yarn_context' and 'yarn_needle_tokens', or neither")
+        return self
 
 
 Recipe = BaseRecipe | LongContextRecipe | MidRecipe | SftRecipe | ApoRecipe | MergeRecipe | EvalsRecipe

@@ -41,15 +41,24 @@ _PACK_CODE = ("mixture.py", "packing.py", "data.py")
 class Prepared:
     """A data set ready for the trainer, the ledger of what is in it, where it lies, what it is made of.
 
-    The set is cut to whole global batches (the ledger says what is left over, `num_unused`). Else the last
-    step of an epoch would be a smaller one, and with several processes accelerate would repeat packs to fill
-    it: the result would depend on the launch.
+    `index` has all packs, unread; `reader` gathers their tokens. `dataset` is cut to whole global batches
+    (the ledger says what is left over, `num_unused`). Else the last step of an epoch would be a smaller one,
+    and with several processes accelerate would repeat packs to fill it: what comes out would depend on the
+    launch.
     """
 
     dataset: datasets.Dataset
     ledger: dict[str, Any]
     path: Path
     stores: list[Store]
+    index: datasets.Dataset
+    reader: "PackReader"
+
+    def with_column(self, name: str, values: np.ndarray) -> "Prepared":
+        """The same with one more column; `values` (num_packs, ...), one a pack, those left over too."""
+        index = self.index.add_column(name, values.tolist())  # pyright: ignore[reportCallIssue]
+        whole = index.select(range(len(self.dataset))).with_transform(self.reader)
+        return replace(self, index=index, dataset=whole)
 
 
 @dataclass(frozen=True)
@@ -86,19 +95,21 @@ class Tokens:
 
 @dataclass(frozen=True)
 class PackReader:
-    """A transform of `datasets`: rows {"address", "length"} -> {"input_ids", "labels", "seq_lengths"}.
+    """A transform of `datasets`: {"address", "length"} -> {"input_ids", "labels", "seq_lengths", "address"}.
 
     Pieces -6 6 7 and 8 9 (a complement has no loss):
         input_ids 5 6 7 8 9   labels -100 6 7 -100 9   seq_lengths 3 2   (isolate=False: seq_lengths 5, label
         of 8 trained)
+    A preference pair is a pack of two: prompt + chosen, prompt + rejected. Other columns are passed on.
     """
 
     tokens: Tokens
-    isolate: bool
+    isolate: bool = True
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         """Gather a batch of packs."""
-        made: dict[str, list[Any]] = {"input_ids": [], "labels": [], "seq_lengths": []}
+        made: dict[str, list[Any]] = {key: values for key, values in batch.items() if key != "length"}
+        made |= {"input_ids": [], "labels": [], "seq_lengths": []}
         for addresses, lengths in zip(batch["address"], batch["length"], strict=True):
             stored = np.concatenate(
                 [self.tokens.read(*piece) for piece in zip(addresses, lengths, strict=True)]
@@ -109,30 +120,6 @@ class PackReader:
             made["input_ids"].append(stored ^ (stored >> 63))
             made["labels"].append(labels)
             made["seq_lengths"].append(list(lengths) if self.isolate else [sum(lengths)])
-        return made
-
-
-@dataclass(frozen=True)
-class PairReader:
-    """A transform of `datasets`: {"address", "prompt", "chosen", "rejected"} -> token ids of the three.
-
-    The last three are lengths; the pair lies at `address` as prompt + chosen, prompt + rejected. Other
-    columns (log-probabilities of the reference) are passed on.
-    """
-
-    tokens: Tokens
-
-    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """Gather a batch of pairs."""
-        names = ("address", "prompt", "chosen", "rejected")
-        made: dict[str, list[Any]] = {key: values for key, values in batch.items() if key not in names}
-        made |= {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
-        for address, prompt, chosen, rejected in zip(*(batch[name] for name in names), strict=True):
-            stored = self.tokens.read(address, 2 * prompt + chosen + rejected)
-            ids = (stored ^ (stored >> 31)).tolist()
-            made["prompt_ids"].append(ids[:prompt])
-            made["chosen_ids"].append(ids[prompt : prompt + chosen])
-            made["rejected_ids"].append(ids[2 * prompt + chosen :])
         return made
 
 
@@ -187,7 +174,7 @@ def prepare(
     index = datasets.load_from_disk(path)
     assert isinstance(index, datasets.Dataset)
     isolate = getattr(recipe, "packing", "bfd") != "wrapped_cross_document"
-    reader = PairReader(tokens) if pairs else PackReader(tokens, isolate)
+    reader = PackReader(tokens, isolate)
     updates, unused = divmod(len(index), recipe.global_batch_size)
     if not updates:
         raise Refusal(
@@ -196,7 +183,7 @@ def prepare(
         )
     ledger = manifest.read_json(path / "ledger.json") | {"num_unused": unused, "updates_per_epoch": updates}
     whole = index.select(range(len(index) - unused)).with_transform(reader)
-    return Prepared(whole, ledger, path, stores)
+    return Prepared(whole, ledger, path, stores, index, reader)
 
 
 def _documents(
@@ -325,9 +312,9 @@ def _trained(pool: Pool, packs: packing.Packs, tokens: Tokens, *, isolate: bool)
 
 
 def _pair_index(recipe: Training, stores: Sequence[Store], tokens: Tokens) -> tuple[pa.Table, Counts]:
-    """Address and lengths of every pair, and what there is to count (the prompt of a pair twice)."""
-    sides = Pool.of(stores)
-    chosen, rejected = sides.take(np.arange(0, len(sides), 2)), sides.take(np.arange(1, len(sides), 2))
+    """Addresses and lengths of both sides of every pair, and what to count (the prompt of a pair twice)."""
+    every = Pool.of(stores)
+    chosen, rejected = every.take(np.arange(0, len(every), 2)), every.take(np.arange(1, len(every), 2))
     pairs = replace(
         chosen, length=chosen.length + rejected.length, num_trained=chosen.num_trained + rejected.num_trained
     )
@@ -335,15 +322,18 @@ def _pair_index(recipe: Training, stores: Sequence[Store], tokens: Tokens) -> tu
     lost = {"longer than max_tokens": _repeated(recipe, pairs.take(long))}
     pool, left_out = _balanced(recipe, _repeated(recipe, pairs.take(~long)))
     number = np.searchsorted(chosen.address, pool.address)
-    answers = {"chosen": chosen.num_trained[number], "rejected": rejected.num_trained[number]}
-    prompt = chosen.length[number] - answers["chosen"]
+    sides = {
+        "address": np.stack([pool.address, rejected.address[number]], axis=1),
+        "length": np.stack([chosen.length[number], rejected.length[number]], axis=1),
+    }
+    bounds = np.arange(len(pool) + 1) * 2
     counts: Counts = {
         "num_documents": (pool, np.ones(len(pool))),
         "num_tokens": (pool, pool.length),
         "num_trained_tokens": (pool, pool.num_trained),
         **{kind: (one, np.ones(len(one))) for kind, one in (lost | left_out).items()},
     }
-    return pa.table({"address": pool.address, "prompt": prompt, **answers}), counts
+    return pa.table({key: _lists(values.ravel(), bounds) for key, values in sides.items()}), counts
 
 
 _NUMBERS = ("num_documents", "num_tokens", "num_trained_tokens", "num_truncated_rows", "num_turns_cut",

@@ -381,13 +381,18 @@ def _work(rows: list[Raw], check: bool) -> Encoded:
     return _encoder.encode(rows, check=check)
 
 
+def folder_of(folder: Path, key: str) -> Path:
+    """Where `once` keeps what has this key, a digest."""
+    return folder / key.removeprefix("sha256:")[:24]
+
+
 def once(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
     """`folder/<key>`, made by `build(an empty folder)` unless it is there whole; other processes wait for it.
 
     Whatever interrupts `build`, and whatever is lost afterwards, a folder without its seal or a file is made
     anew. Raises Refusal where nothing can be written.
     """
-    target = folder / key.removeprefix("sha256:")[:24]
+    target = folder_of(folder, key)
     if manifest.is_sealed(target):
         return target
     try:

@@ -112,12 +112,14 @@ def sample(
         if source in (None, sources[at]) and mode in (None, MODES[number])
     ]
     rows: list[AnyRow] = []
-    for one, pieces in _first_pieces(index.data, address, kind, wanted=wanted, num_rows=num_rows).items():
+    pairs = "num_pairs" in prepared.ledger
+    firsts = _first_pieces(index.data, address, kind, wanted=wanted, num_rows=num_rows, pairs=pairs)
+    for one, pieces in firsts.items():
         at, name = one // len(MODES), MODES[one % len(MODES)]
         for document, pack, number in pieces:
             record = records[at][document - first[at]]
             which = (sources[at], name, int(record["row"]))
-            if "prompt" in index.column_names:
+            if pairs:
                 rows.append(PairRow(*which, *_pair(dataset[pack], tokenizer)))
             else:
                 start = index[pack]["address"][number] - int(address[document])
@@ -132,12 +134,19 @@ def sample(
 
 
 def _first_pieces(
-    index: Any, address: np.ndarray, kind: np.ndarray, *, wanted: Sequence[int], num_rows: int
+    index: Any,
+    address: np.ndarray,
+    kind: np.ndarray,
+    *,
+    wanted: Sequence[int],
+    num_rows: int,
+    pairs: bool,
 ) -> dict[int, list[tuple[int, int, int]]]:
     """(document, pack, number in the pack) of the first pieces of each kind wanted.
 
-    address, kind: (num_documents,). The index is read as far as there is something left to find. Addresses
-    are looked up among the documents of kinds that lack some: a rare kind costs a quick pass over the index.
+    address, kind: (num_documents,); of pairs, the chosen side is looked for. The index is read as far as
+    there is something left to find. Addresses are looked up among the documents of kinds that lack some: a
+    rare kind costs a quick pass over the index.
     """
     occurring = set(np.flatnonzero(np.bincount(kind)).tolist())
     end = np.append(address[1:], np.iinfo(np.int64).max)
@@ -145,6 +154,8 @@ def _first_pieces(
     candidate = first = last = np.empty(0, np.int64)
     before: list[int] = []
     for piece, pack, number in _index_pieces(index):
+        if pairs:
+            piece, pack, number = piece[::2], pack[::2], number[::2]
         lacking = [one for one in wanted if one in occurring and len(found[one]) < num_rows]
         if not lacking:
             break
@@ -162,18 +173,16 @@ def _first_pieces(
 
 
 def _index_pieces(index: Any) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(address, pack, number in the pack) of all pieces, or pairs, in order, some packs at a time.
+    """(address, pack, number in the pack) of all pieces in order, some packs at a time.
 
     packs [[70, 40], [10]] -> [70 40 10], [0 0 1], [0 1 0]
     """
     num_packs = 0
     for batch in index.to_batches(max_chunksize=_BATCH_PACKS):
-        column, pack, number = batch["address"], np.arange(len(batch)), np.zeros(len(batch), np.int64)
-        if hasattr(column, "offsets"):  # lists, one a pack
-            bounds = column.offsets.to_numpy() - column.offsets[0].as_py()
-            pack = np.repeat(pack, np.diff(bounds))
-            number, column = np.arange(len(pack)) - bounds[pack], column.flatten()
-        yield column.to_numpy(), pack + num_packs, number
+        column = batch["address"]
+        bounds = column.offsets.to_numpy() - column.offsets[0].as_py()
+        pack = np.repeat(np.arange(len(batch)), np.diff(bounds))
+        yield column.flatten().to_numpy(), pack + num_packs, np.arange(len(pack)) - bounds[pack]
         num_packs += len(batch)
 
 
@@ -193,11 +202,13 @@ def _piece(pack: Mapping[str, Any], tokenizer: Any, *, lengths: Sequence[int], n
 
 def _pair(pair: Mapping[str, Any], tokenizer: Any) -> Iterator[list[Token]]:
     """The tokens of prompt, chosen and rejected; both answers begin where the prompt ends."""
-    for part in ("prompt", "chosen", "rejected"):
-        ids, trained = pair[f"{part}_ids"], part != "prompt"
-        first = len(pair["prompt_ids"]) if trained else 0
-        every = enumerate(zip(ids, texts(ids, tokenizer), strict=True), first)
-        yield [Token(token, text, trained, 0, position) for position, (token, text) in every]
+    border = pair["seq_lengths"][0]
+    ids, trained = pair["input_ids"].tolist(), pair["labels"] != IGNORED
+    start = int(np.argmax(trained))
+    parts = (slice(start), slice(start, border), slice(border + start, None))
+    for part, first in zip(parts, (0, start, start), strict=True):
+        every = enumerate(zip(ids[part], texts(ids[part], tokenizer), strict=True), first)
+        yield [Token(token, text, first > 0, 0, position) for position, (token, text) in every]
 
 
 def texts(ids: Sequence[int], tokenizer: Any) -> list[str]:

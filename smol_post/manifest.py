@@ -24,7 +24,8 @@ STATE = "state.json"
 CHECKPOINTS = "checkpoints"  # of a run under way, and those its recipe keeps
 SEAL = "whole.json"  # of a checkpoint under way, or a folder of the data cache
 SOUP = "soup"  # inside a merge: the average before the last merge
-_NOT_CONTENT = {MANIFEST, STATE, "verify.json"}
+VERIFY = "verify.json"  # what was proved before step 1
+_NOT_CONTENT = {MANIFEST, STATE, VERIFY, SEAL, "bad_batch.json", "instruments.json", "trainer_state.json"}
 _CONTENT_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 _PACKAGES = (
     "torch",

@@ -6,6 +6,7 @@ one.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,63 @@ def check_rope(model: PreTrainedModel) -> None:
                     f"{name}: live RoPE frequencies ({live[1]:.3e}, ...) are not those of theta "
                     f"{model.config.rope_parameters['rope_theta']:g} ({wanted[1]:.3e}, ...)"
                 )
+
+
+def yarn_frequencies(config: PreTrainedConfig, *, context: int) -> tuple[torch.Tensor, float]:
+    """What YaRN makes of the RoPE of `config`, trained at `max_position_embeddings`, for `context` tokens.
+
+    Inverse frequencies, shape (D / 2,), and the factor on cos and sin. A frequency that turns at least 32
+    times in the trained length stays, one that turns less than once is divided by s = context / trained, and
+    the others pass from one to the other, evenly over whole dimensions:
+
+        D 16, theta 5e6, 512 tokens:  turns 81, 12, 1.7, 0.25, ...  32 and 1 turns: dimensions 0.5 and 2.3
+        -> kept 1, 2/3, 1/3, 0, ...   times s = 2:  f0, 5/6 f1, 2/3 f2, 1/2 f3, ...   factor 1.0693
+
+    Source: YaRN (Peng et al., 2023): NTK-by-parts with alpha 1 and beta 32, and 0.1 ln(s) + 1. Over
+    dimensions, as in its authors' code and every library; the paper's ramp runs over turns.
+    """
+    plain, trained = inverse_frequencies(config), config.max_position_embeddings
+    scale, num_pairs = context / trained, len(plain)
+    low, high = (
+        num_pairs * math.log(trained / (turns * 2 * math.pi)) / math.log(config.rope_parameters["rope_theta"])
+        for turns in (32, 1)
+    )
+    low, high = max(math.floor(low), 0), min(math.ceil(high), 2 * num_pairs - 1)
+    kept = 1 - ((torch.arange(num_pairs) - low) / max(high - low, 0.001)).clamp(0, 1)
+    return plain * (kept + (1 - kept) / scale), 0.1 * math.log(scale) + 1
+
+
+def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """The modules that a configuration builds, their tensors without memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def use_yarn(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Build the RoPE of `model` anew from `config`, its own with YaRN, in place.
+
+    RuntimeError where frequencies or factor are not `yarn_frequencies` of the model's own configuration: what
+    `config` leaves out is taken from nowhere else.
+    """
+    wanted, factor = yarn_frequencies(model.config, context=config.max_position_embeddings)
+    names = [name for name, buffer in model.named_buffers() if name.endswith(".inv_freq")]
+    if not names:
+        raise RuntimeError(f"{type(model).__name__}: found no inv_freq, so its RoPE cannot be checked")
+    for name in names:
+        place = name.rpartition(".")[0]
+        built: Any = type(model.get_submodule(place))(config)
+        live = built.inv_freq.float()
+        if (
+            live.shape != wanted.shape
+            or not torch.allclose(live, wanted, rtol=1e-5, atol=0)
+            or not math.isclose(built.attention_scaling, factor, rel_tol=1e-5)
+        ):
+            raise RuntimeError(
+                f"{name}: live RoPE frequencies ({live[1]:.3e}, ...) and factor "
+                f"{built.attention_scaling:.4f} are not YaRN's ({wanted[1]:.3e}, ...), {factor:.4f}"
+            )
+        model.set_submodule(place, built.to(model.device))
+    model.config.update({key: getattr(config, key) for key in ("rope_parameters", "max_position_embeddings")})
 
 
 def embed_new(model: PreTrainedModel, new_ids: list[int]) -> None:

@@ -35,6 +35,7 @@ class Job:
     recipe_file: Path
     run_dir: Path
     parent_paths: list[str]
+    scratch: Path | None = None  # where it is only verified, writing here what a run writes to run_dir
 
     def announce(self, text: str) -> None:
         """Show a line of this run to the person who waits."""
@@ -44,9 +45,10 @@ class Job:
         """Where and among how many processes the run is made, as `training` takes it."""
         return {
             "folder": self.recipe_file.parent,
-            "run_dir": self.run_dir,
+            "run_dir": self.scratch or self.run_dir,
             "cache_dir": self.run_dir.parent / CACHE,
             "num_processes": num_processes(),
+            "only_verify": self.scratch is not None,
             "announce": self.announce,
         }
 

@@ -4,11 +4,14 @@ import html
 import io
 import re
 from collections.abc import Callable
+from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 from smol_post.points import Point, metric_names
 
 NEEDLE_PLOT_STAGES = ("base", "long_context", "sft", "merge")  # nine lines would hide each other
+LOSS_POINTS = 60  # as many as the eye can tell apart at that size
 INK, GRID = "#01fe02", "#01fe03"  # stand-ins, replaced by CSS variables in the SVG
 SERIES = [f"#02fe{number:02x}" for number in range(1, 9)]
 CSS_OF = {INK: "var(--ink)", GRID: "var(--grid)"} | {c: f"var(--s{n})" for n, c in enumerate(SERIES, 1)}
@@ -21,10 +24,15 @@ STYLE: dict[str, Any] = {
 
 
 def draw_loss(axes: Any, runs: list[Point]) -> bool:
-    """Training loss by step of one run; False where nothing was logged."""
+    """Training loss by step of one run, means and extremes of a few steps; False where nothing was logged."""
     entries = [entry for entry in runs[0].log if entry.get("loss") is not None]
-    steps = [entry.get("step", position) for position, entry in enumerate(entries)]
-    axes.plot(steps, [e["loss"] for e in entries], color=SERIES[0], marker="." if len(steps) == 1 else "")
+    number = min(LOSS_POINTS, len(entries))
+    bounds = [len(entries) * at // max(number, 1) for at in range(number + 1)]
+    groups = [entries[start:stop] for start, stop in pairwise(bounds)]
+    steps = [fmean(entry["step"] for entry in group) for group in groups]
+    losses = [[entry["loss"] for entry in group] for group in groups]
+    axes.fill_between(steps, [*map(min, losses)], [*map(max, losses)], color=SERIES[0], alpha=0.25, lw=0)
+    axes.plot(steps, [*map(fmean, losses)], color=SERIES[0], marker="." if len(steps) == 1 else "")
     axes.set_xlabel("step")
     return bool(entries)
 

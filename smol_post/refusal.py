@@ -9,6 +9,10 @@ class Refusal(Exception):
     """Input we will not run: one line that says where, what was found, what was wanted and what to do."""
 
 
+class Failure(Exception):
+    """A run that cannot go on, for a reason we know: one line as in a Refusal, exit code 1, no traceback."""
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """`; did you mean 'x'?` or the list of what exists, for the end of a refusal."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)

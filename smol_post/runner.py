@@ -9,6 +9,7 @@ doors end in `execute`.
 """
 
 import argparse
+import contextlib
 import fcntl
 import importlib
 import multiprocessing
@@ -18,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
@@ -34,7 +36,7 @@ from smol_post.plan import (
     resolve_parent,
     say,
 )
-from smol_post.refusal import Refusal
+from smol_post.refusal import Failure, Refusal
 
 LOCK = ".lock"
 EXIT_OK, EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -42,7 +44,7 @@ EXIT_OK, EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 def fingerprint(job: Job, parents: list[Parent]) -> str:
     """What decides a run's outcome: recipe, parents' digests, local data files, the package's version."""
-    recipe = job.recipe.model_dump()
+    recipe = _deciding(job.recipe.model_dump())
     files: dict[str, str] = {}
     for source in recipe.get("sources", []):
         if source["path"] and config.is_local(source["path"]):
@@ -59,6 +61,11 @@ def fingerprint(job: Job, parents: list[Parent]) -> str:
         files["template"] = manifest.digest_file(config.local_path(template, job.recipe_file.parent))
     content = {"stage": job.recipe.stage, "recipe": recipe, "parents": [one.digest for one in parents]}
     return manifest.digest_tree({**content, "files": sorted(files.values()), "smol_post": _version()})
+
+
+def _deciding(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without `verify`: what is proved about a run does not change it."""
+    return {key: value for key, value in recipe.items() if key != "verify"}
 
 
 def _version() -> str:
@@ -123,7 +130,7 @@ def claim(job: Job, parents: list[Parent], print_id: str) -> TextIO | None:
 
 
 def _other_recipe(job: Job, old: dict[str, Any], parents: list[Parent], state: str) -> Refusal:
-    changed = differences(old.get("recipe", {}), job.recipe.model_dump())
+    changed = differences(_deciding(old.get("recipe", {})), _deciding(job.recipe.model_dump()))
     if [one["digest"] for one in old.get("parents", [])] != [one.digest for one in parents]:
         changed.append("parents have other contents")
     what = "; ".join(changed[:3]) or "data files or the package's version"
@@ -157,9 +164,9 @@ def examine(job: Job) -> tuple[list[Parent], str]:
 
 
 def execute(job: Job, examined: tuple[list[Parent], str] | None = None) -> int:
-    """Make one run in this process (one of the launched ones, or alone); returns the exit code."""
+    """Make one run, or verify it, in this process (one of the launched ones, or alone); the exit code."""
     if rank() != 0:
-        if job.recipe.stage == "merge" or manifest.is_whole(job.run_dir):
+        if job.recipe.stage == "merge" or (manifest.is_whole(job.run_dir) and not job.scratch):
             return EXIT_OK
         await_parents(job)
         return _guarded(job, [], "", None)
@@ -168,28 +175,34 @@ def execute(job: Job, examined: tuple[list[Parent], str] | None = None) -> int:
         lock = claim(job, parents, print_id)
     except Refusal as refusal:
         return refuse(refusal)
-    if lock is None:
+    if lock is None and not job.scratch:
         say(f"{job.name}: whole already, kept: {job.run_dir}")
         return EXIT_OK
-    with lock:
+    with lock or contextlib.nullcontext():
         return _guarded(job, parents, print_id, time.monotonic())
 
 
 def _guarded(job: Job, parents: list[Parent], print_id: str, started: float | None) -> int:
-    """Run the stage and write down how it went: whole, refused, interrupted or failed."""
+    """Run the stage and write down how it went: whole, verified, refused, interrupted or failed."""
     status, message, code = "failed", "", EXIT_FAILED
     try:
         if started is None:
             parents = [resolve_parent(job, path) for path in job.parent_paths]
         stage = importlib.import_module(f"smol_post.{job.recipe.stage}")
         outcome = stage.run(job.recipe, parents, job)
-        if started is not None:
-            _finish(job, parents, print_id, outcome, time.monotonic() - started)
-        return EXIT_OK
+        if not job.scratch:
+            if started is not None:
+                _finish(job, parents, print_id, outcome, time.monotonic() - started)
+            return EXIT_OK
+        status, code = "verified", EXIT_OK
     except Refusal as refusal:
         status, message, code = "refused", str(refusal), EXIT_REFUSED
         if started is not None:
             refuse(refusal)
+    except Failure as failure:
+        message = str(failure)
+        if started is not None:
+            say(f"failed: {message}", error=True)
     except KeyboardInterrupt:
         status, code = "interrupted", EXIT_INTERRUPTED
         message = f"{job.name}: interrupted; the same command resumes from the last whole checkpoint"
@@ -199,8 +212,22 @@ def _guarded(job: Job, parents: list[Parent], print_id: str, started: float | No
         message = f"{type(error).__name__}: {error}"
         traceback.print_exc()
     if started is not None:
-        record(job, parents, print_id, status, message)
+        _keep_proofs(job)
+        if not manifest.is_whole(job.run_dir):
+            record(job, parents, print_id, status, message)
     return code
+
+
+def _keep_proofs(job: Job) -> None:
+    """Keep what a verification found: in the run directory, or beside the evals where the run is whole."""
+    if not job.scratch or not (job.scratch / manifest.VERIFY).is_file():
+        return
+    path = job.run_dir / manifest.VERIFY
+    if manifest.is_whole(job.run_dir):
+        path = job.run_dir.parent / "evals" / f"verify_{job.name}.json"
+        path.parent.mkdir(exist_ok=True)
+    manifest.write_json(path, manifest.read_json(job.scratch / manifest.VERIFY))
+    say(f"{job.name}: {path}")
 
 
 def _finish(job: Job, parents: list[Parent], print_id: str, outcome: dict[str, Any], seconds: float) -> None:
@@ -218,6 +245,7 @@ def _finish(job: Job, parents: list[Parent], print_id: str, outcome: dict[str, A
             "parents": [{"path": one.path, "digest": one.digest, "stage": one.stage} for one in parents],
             "data": outcome.get("data"),
             "metrics": outcome.get("metrics", {}),
+            "verified": _summary(job.run_dir / manifest.VERIFY),
             "versions": manifest.versions(),
             "seed": job.recipe.seed,
             "num_processes": num_processes(),
@@ -230,6 +258,15 @@ def _finish(job: Job, parents: list[Parent], print_id: str, outcome: dict[str, A
     (job.run_dir / manifest.STATE).unlink()
     (job.run_dir / LOCK).unlink()
     say(f"{job.name}: whole after {seconds:.0f} s: {job.run_dir}")
+
+
+def _summary(path: Path) -> dict[str, Any] | None:
+    """How many proofs passed and how many did not apply, at which step; None if nothing was proved."""
+    if not path.is_file():
+        return None
+    found = manifest.read_json(path)
+    number = Counter(one["status"] for one in found["proofs"])
+    return {"level": found["level"], "step": found["step"], **number, "seconds": found["seconds"]}
 
 
 def refuse(refusal: Refusal) -> int:
@@ -254,7 +291,7 @@ def execute_all(jobs: list[Job], *, separate: bool) -> int:
     for job in jobs:
         try:
             examined = examine(job)
-            if manifest.is_whole(job.run_dir) and claim(job, *examined) is None:
+            if manifest.is_whole(job.run_dir) and claim(job, *examined) is None and not job.scratch:
                 say(f"{job.name}: whole already, kept: {job.run_dir}")
                 continue
         except Refusal as refusal:
@@ -361,4 +398,13 @@ def main(stage: str) -> None:
     code.
     """
     interrupt_on_sigterm()
-    sys.exit(stage_command(stage, sys.argv[1:], program=f"smol_post/{stage}.py", separate=False))
+    leave(stage_command(stage, sys.argv[1:], program=f"smol_post/{stage}.py", separate=False))
+
+
+def leave(code: int) -> NoReturn:
+    """End a launched process; in order, or the threads of gloo may abort it after its work is done."""
+    if torch := sys.modules.get("torch"):
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+    sys.exit(code)

@@ -86,10 +86,11 @@ def needles(
         longest = max(len(prompt) + len(answer) for prompt, answer in batch)
         rows_ids = [prompt + answer + [0] * (longest - len(prompt) - len(answer)) for prompt, answer in batch]
         ids_BT = torch.tensor(rows_ids, device=lm.device)
-        logits_BTV = lm(input_ids=ids_BT, use_cache=False).logits
+        earliest = min(len(prompt) for prompt, _ in batch) - 1  # no logits before it: a document is long
+        logits_BTV = lm(input_ids=ids_BT, use_cache=False, logits_to_keep=longest - earliest).logits
         guessed_BT = logits_BTV.argmax(-1)
         for row, (prompt, answer) in enumerate(batch):
-            first = len(prompt) - 1
+            first = len(prompt) - 1 - earliest
             hits.append(guessed_BT[row, first : first + len(answer)].tolist() == answer)
     return share(hits)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from smol_post import config, data, training, vocabulary
+from smol_post import batches, config, data, training, vocabulary
 
 Build = Callable[..., Any]
 ROPE = {"some NoPE": [1, 1, 1, 0], "all RoPE": [1, 1, 1, 1], "all NoPE": [0, 0, 0, 0]}
@@ -39,22 +39,19 @@ def batch_of(lm: Any, tokenizer: Any, folder: Path, *, strategy: str = "bfd") ->
     words = vocabulary.Vocabulary(tokenizer, None, "<|endoftext|>", [])
     packs = data.prepare(recipe, words, folder=folder, cache_dir=folder / "cache").dataset
     arguments = training.trainer_arguments(recipe, run_dir=folder, num_processes=1)
-    trainer = training.pack_trainer(lm, tokenizer, packs, arguments=arguments, announce=str)
-    batch = trainer.data_collator([packs[0], packs[1]])
-    batch["lengths"] = packs[0]["seq_lengths"] + packs[1]["seq_lengths"]
-    return dict(batch)
+    trainer = training.pack_trainer(lm, tokenizer, packs, arguments=arguments)
+    return dict(trainer.data_collator([packs[0], packs[1]]))
 
 
 @torch.no_grad()
 def logits(lm: Any, batch: dict[str, Any]) -> torch.Tensor:
-    rest = {key: value for key, value in batch.items() if key not in {"labels", "lengths"}}
-    return lm(**rest, use_cache=False).logits[0]
+    return lm(**batches.model_inputs(batch)).logits[0]
 
 
 @torch.no_grad()
 def alone(lm: Any, batch: dict[str, Any]) -> torch.Tensor:
     """Every document by itself, one after another."""
-    documents = batch["input_ids"][0].split(batch["lengths"])
+    documents = batch["input_ids"][0].split(batch["seq_lengths"])
     return torch.cat([lm(ids[None], use_cache=False).logits[0] for ids in documents])
 
 
@@ -72,7 +69,7 @@ def test_a_document_in_a_pack_has_the_logits_it_has_alone(
 ) -> None:
     lm = build(attention=attention, no_rope_layers=ROPE[layers])
     batch = batch_of(lm, tokenizer, tmp_path, strategy=strategy)
-    assert len(batch["lengths"]) >= 4
+    assert len(batch["seq_lengths"]) >= 4
     assert batch["input_ids"].shape[0] == 1
     # The reference is a run of the ordinary model on one document, its attention by transformers.
     reference = build(attention="eager", no_rope_layers=ROPE[layers])
@@ -89,7 +86,7 @@ def test_a_changed_token_moves_no_logit_of_another_document(
     lm = build(attention=attention)
     batch = batch_of(lm, tokenizer, tmp_path)
     before = logits(lm, batch)
-    edges = [0, *itertools.accumulate(batch["lengths"])]
+    edges = [0, *itertools.accumulate(batch["seq_lengths"])]
     for start, stop in itertools.pairwise(edges):
         moved = (logits(lm, changed(batch, start)) - before).abs().amax(-1)
         assert moved[start:stop].min() > 1e-4  # every later token of the document sees it
@@ -102,7 +99,7 @@ def test_wrapped_cross_document_lets_attention_cross(
 ) -> None:
     lm = build(attention=attention)
     batch = batch_of(lm, tokenizer, tmp_path, strategy="wrapped_cross_document")
-    assert batch["lengths"] == [40, 40]
+    assert batch["seq_lengths"] == [40, 40]
     moved = (logits(lm, changed(batch, 0)) - logits(lm, batch)).abs().amax(-1)
     assert moved[:40].min() > 1e-6
     assert moved[40:].sum() == 0
@@ -111,13 +108,14 @@ def test_wrapped_cross_document_lets_attention_cross(
 def test_varlen_refuses_a_mask_beside_packs(build: Build, tokenizer: Any, tmp_path: Path) -> None:
     lm = build()
     batch = batch_of(lm, tokenizer, tmp_path)
+    given = batches.model_inputs(batch)
     mask = torch.ones_like(batch["input_ids"])
     mask[0, 0] = 0
     with pytest.raises(ValueError, match="no attention mask"):
-        logits(lm, {**batch, "attention_mask": mask})
-    two = {key: value.repeat(2, 1) for key, value in batch.items() if key in {"input_ids", "position_ids"}}
+        lm(**given, attention_mask=mask)
+    two = {key: given[key].repeat(2, 1) for key in ("input_ids", "position_ids")}
     with pytest.raises(ValueError, match="one row a batch"):
-        logits(lm, {**batch, **two})
+        lm(**{**given, **two})
 
 
 def test_varlen_isolates_by_position_ids_where_lengths_are_not_given(
@@ -125,8 +123,10 @@ def test_varlen_isolates_by_position_ids_where_lengths_are_not_given(
 ) -> None:
     lm = build()
     batch = batch_of(lm, tokenizer, tmp_path)
-    plain = {key: batch[key] for key in ("input_ids", "position_ids")}
-    torch.testing.assert_close(logits(lm, plain), logits(lm, batch), rtol=0, atol=0)
+    given = batches.model_inputs(batch)
+    plain = {key: given[key] for key in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        torch.testing.assert_close(lm(**plain).logits[0], logits(lm, batch), rtol=0, atol=0)
 
 
 def test_varlen_generates_from_padded_prompts_as_sdpa_does(build: Build, tokenizer: Any) -> None:

@@ -197,10 +197,37 @@ def test_the_field_table_is_that_of_the_installed_trl() -> None:
 
 def test_every_owned_or_inert_trainer_key_is_a_field_of_trl() -> None:
     """A key that TRL renamed would otherwise slip from the table into `no such field`, or be set twice."""
-    from smol_post.trainer_block import INERT, OWNED, trl_fields
+    from smol_post.trainer_block import INERT, INERT_IN_APO, OWNED, trl_fields
 
     known = trl_fields("sft").keys() | trl_fields("apo").keys()
-    assert {*OWNED, *INERT} - known == set()
+    assert {*OWNED, *INERT, *INERT_IN_APO} - known == set()
+
+
+@pytest.mark.parametrize(
+    ("stage", "block", "message"),
+    [
+        ("sft", {"loss_type": "nnl"}, 'found "nnl" .*wanted nll or dft'),
+        ("sft", {"loss_type": "dft", "label_smoothing_factor": 0.1}, "dft does not use it"),
+        ("sft", {"save_only_model": True}, "a resumed run would not be the same run"),
+        ("sft", {"hub_token": "secret"}, "published by hand"),
+        ("sft", {"fp16": True}, "use bf16"),
+        ("sft", {"save_strategy": "best"}, "no evaluation set"),
+        ("apo", {"loss_type": []}, "found none, wanted one of apo_zero"),
+        ("apo", {"loss_type": ["apo_zero", "sft"], "loss_weights": [1.0]}, "found 1 for 2 losses"),
+        ("apo", {"beta": 0.0}, r"beta: found 0\.0, wanted more than 0"),
+        ("apo", {"ld_alpha": 0.5}, "summed over the whole answer"),
+        ("apo", {"label_smoothing": 0.1}, "no loss of this stage uses it"),
+        ("apo", {"precompute_ref_log_probs": True}, "set reference instead"),
+    ],
+)
+def test_a_trainer_key_that_would_be_ignored_or_break_the_run_is_refused(
+    stage: str, block: dict[str, Any], message: str
+) -> None:
+    from smol_post.trainer_block import check_trainer_block
+
+    with pytest.raises(Refusal, match=message):
+        check_trainer_block(stage, block, where="r.yaml")
+    check_trainer_block(stage, {"learning_rate": 1.0e-3}, where="r.yaml")
 
 
 @pytest.mark.parametrize(

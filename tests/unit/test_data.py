@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from smol_post import chat, data
 from smol_post.config import ApoRecipe, LongContextRecipe, MidRecipe, SftRecipe, Source
-from smol_post.data import PackReader, PairReader, Prepared, Tokens
+from smol_post.data import IGNORED, PackReader, Prepared, Tokens
 from smol_post.refusal import Refusal
 from smol_post.sources import read_rows
 from smol_post.vocabulary import Vocabulary
@@ -81,7 +82,8 @@ def files(tmp_path: Path) -> dict[Path, int]:
 
 
 def as_lists(made: Prepared) -> list[Row]:
-    return [{key: np.asarray(value).tolist() for key, value in row.items()} for row in made.dataset]
+    keys = ("input_ids", "labels", "seq_lengths")
+    return [{key: np.asarray(row[key]).tolist() for key in keys} for row in made.dataset]
 
 
 def all_ids(made: Prepared) -> list[int]:
@@ -124,7 +126,7 @@ def test_rows_become_packs_by_eye(prepare: Prepare, tokenizer: Any, tmp_path: Pa
 def test_a_row_is_what_torch_needs(prepare: Prepare) -> None:
     made = prepare()
     for row in (made.dataset[0], next(iter(made.dataset)), {k: v[0] for k, v in made.dataset[:1].items()}):
-        assert row.keys() == {"input_ids", "labels", "seq_lengths"}
+        assert row.keys() == {"input_ids", "labels", "seq_lengths", "address"}
         for key in ("input_ids", "labels"):
             assert torch.as_tensor(row[key]).dtype == torch.int64
             assert torch.as_tensor(row[key]).tolist() == row[key].tolist()
@@ -136,7 +138,7 @@ def test_a_set_is_sent_to_a_worker_as_paths(prepare: Prepare) -> None:
     first = as_lists(made)  # the files are open now
     sent = pickle.dumps(made.dataset.format["format_kwargs"]["transform"])
     assert len(sent) < 1000 < sum(len(row["input_ids"]) for row in first)
-    again = Prepared(pickle.loads(pickle.dumps(made.dataset)), made.ledger, made.path, made.stores)
+    again = replace(made, dataset=pickle.loads(pickle.dumps(made.dataset)))
     assert as_lists(again) == first
 
 
@@ -652,11 +654,14 @@ def test_pairs_are_what_the_chat_module_encodes_and_overlong_ones_are_dropped_an
     rows = pairs_file(tmp_path)
     made = prepare("apo", max_tokens=600)
     wanted = [chat.encode_pair(row, tokenizer, date_string="01 July 2025") for row in rows[:2]]
-    keys = ("prompt_ids", "chosen_ids", "rejected_ids")
-    found = sorted(made.dataset, key=lambda row: row["chosen_ids"])
-    assert found == sorted(
-        ({key: getattr(one, key) for key in keys} for one in wanted), key=lambda row: row["chosen_ids"]
-    )
+    found = {tuple(row["input_ids"]): row for row in made.dataset}
+    for one in wanted:
+        sides = [one.prompt_ids + answer for answer in (one.chosen_ids, one.rejected_ids)]
+        row = found.pop((*sides[0], *sides[1]))
+        untrained = [IGNORED] * len(one.prompt_ids)
+        assert list(row["labels"]) == [*untrained, *one.chosen_ids, *untrained, *one.rejected_ids]
+        assert row["seq_lengths"] == [len(side) for side in sides]
+    assert not found
     assert made.ledger["dropped"] == {"longer than max_tokens": 2}
     assert made.ledger["num_pairs"] == made.ledger["num_documents"] == 2
     assert made.ledger["by_source"]["rows"]["num_rows"] == 4
@@ -679,13 +684,29 @@ def test_pairs_repeat_mix_and_fill_whole_batches_as_packs_do(prepare: Prepare, t
         prepare("apo", max_tokens=600, sources=rows_source(repeat=3), global_batch_size=9)
 
 
-def test_other_columns_of_a_pair_are_passed_on(tmp_path: Path) -> None:
+def test_other_columns_of_a_pack_are_passed_on(tmp_path: Path) -> None:
     np.array([~1, ~2, 3, ~1, ~2, 4, 5], np.int32).tofile(tmp_path / "tokens.bin")
-    reader = PairReader(Tokens((str(tmp_path / "tokens.bin"),)))
-    index = {"address": [0], "prompt": [2], "chosen": [1], "rejected": [2], "ref_chosen_logps": [-0.5]}
-    assert reader(index) == {
-        "prompt_ids": [[1, 2]],
-        "chosen_ids": [[3]],
-        "rejected_ids": [[4, 5]],
-        "ref_chosen_logps": [-0.5],
+    reader = PackReader(Tokens((str(tmp_path / "tokens.bin"),)))
+    row = {"address": [[0, 3]], "length": [[3, 4]], "reference": [[-0.5, -1.5]]}
+    found = {key: [list(one) for one in values] for key, values in reader(row).items()}
+    assert found == {
+        "address": [[0, 3]],
+        "reference": [[-0.5, -1.5]],
+        "input_ids": [[1, 2, 3, 1, 2, 4, 5]],
+        "labels": [[IGNORED, IGNORED, 3, IGNORED, IGNORED, 4, 5]],
+        "seq_lengths": [[3, 4]],
     }
+
+
+def test_a_column_is_added_to_all_packs_and_read_with_those_that_are_trained(
+    prepare: Prepare, tmp_path: Path
+) -> None:
+    pairs_file(tmp_path)
+    made = prepare("apo", max_tokens=600, sources=rows_source(repeat=3), global_batch_size=4)
+    values = np.arange(12.0).reshape(6, 2)
+    widened = made.with_column("reference", values)
+    assert [row["reference"] for row in widened.dataset] == values[:4].tolist()
+    for old, new in zip(made.dataset, widened.dataset, strict=True):
+        assert list(old["input_ids"]) == list(new["input_ids"])
+    with pytest.raises(ValueError, match=r"length|rows"):
+        made.with_column("reference", values[:4])

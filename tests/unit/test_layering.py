@@ -16,10 +16,22 @@ STAGES = {"base", "long_context", "mid", "sft", "apo", "merge", "evals"}
 LAYERS = [
     {"__init__", "refusal", "trainer_block", "config", "manifest"},
     {"plan", "runner", "chat", "messages", "encoding", "synthetic", "report", "points", "plots", "hub"},
-    {"packing", "vocabulary", "sources", "documents", "mixture", "data", "inspection", "model", "attention"},
-    {"training", "scoring", "trl_fields"},
-    STAGES,
-    {"commands", "preparation"},
+    {
+        "packing",
+        "vocabulary",
+        "sources",
+        "documents",
+        "mixture",
+        "data",
+        "inspection",
+        "model",
+        "attention",
+        "losses",
+        "batches",
+    },
+    {"trainers", "reference", "training", "instruments", "proofs", "rehearsal", "scoring", "trl_fields"},
+    STAGES | {"export"},
+    {"commands", "preparation", "verify"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -76,7 +88,7 @@ def test_a_stage_imports_no_other_stage(name: str) -> None:
     assert siblings(name) & STAGES == set()
 
 
-@pytest.mark.parametrize("name", ["training", "scoring", "data", "model", "attention"])
+@pytest.mark.parametrize("name", ["training", "trainers", "scoring", "data", "model", "attention"])
 def test_what_trains_and_measures_knows_nothing_of_runs(name: str) -> None:
     assert siblings(name) & {"plan", "runner"} == set()
 

@@ -318,7 +318,8 @@ def test_the_ledger_counts_what_the_reader_returns(
         key: {"by_source": dict.fromkeys(names, 0), "by_mode": dict.fromkeys(MODES, 0)}
         for key in ("num_tokens", "num_trained_tokens")
     }
-    for ids, labels, lengths in zip(*rows.values(), strict=True):
+    read = (rows[key] for key in ("input_ids", "labels", "seq_lengths"))
+    for ids, labels, lengths in zip(*read, strict=True):
         assert len(ids) == len(labels) == sum(lengths) <= max_tokens
         no_context = set(np.cumsum([0, *lengths[:-1]]).tolist())
         for at, (token, label) in enumerate(zip(ids.tolist(), labels.tolist(), strict=True)):

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from smol_post.config import Refusal
+from smol_post.plots import draw_loss
+from smol_post.points import Point
 from smol_post.report import commands, duration, number, read_points, write_report
 
 RUNS = ["base", "sft", "apo_seed0", "merge"]
@@ -239,6 +241,43 @@ def test_plots_take_the_colours_of_the_page_and_their_ids_do_not_meet(root: Path
     assert (
         sum(tag == "svg" for tag, _ in page.tags) == 5
     )  # needle, modes, and the losses of the three trained runs
+
+
+def loss_plot(losses: list[float]) -> tuple[list[list[float]], Any]:
+    """The points of the line, and the band behind it."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    log = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+    drawn = draw_loss(axes, [Point("sft", True, {}, {}, log, "sft", {})])
+    assert drawn == bool(losses)
+    line, band = axes.lines[0], axes.collections[0]
+    return line.get_xydata().tolist(), band.get_paths()[0].vertices if losses else None
+
+
+def test_the_loss_of_a_long_run_is_drawn_as_means_with_its_extremes_behind() -> None:
+    """Of 600 steps ten make a point; a single odd step shows in the band."""
+    losses = [2.0 + step % 2 for step in range(600)]
+    losses[304] = 11.0
+    line, band = loss_plot(losses)
+    assert [step for step, _ in line] == [5.5 + 10 * point for point in range(60)]
+    assert [loss for _, loss in line] == pytest.approx([2.5] * 30 + [3.4] + [2.5] * 29)
+    assert (band[:, 1].min(), band[:, 1].max()) == (2, 11)
+    assert band[band[:, 1].argmax(), 0] == 305.5
+
+
+@pytest.mark.parametrize("number", [1, 3, 60])
+def test_the_loss_of_a_short_run_is_drawn_step_by_step(number: int) -> None:
+    losses = [3 / step for step in range(1, number + 1)]
+    assert loss_plot(losses)[0] == [[step, loss] for step, loss in enumerate(losses, 1)]
+
+
+def test_no_point_of_the_loss_stands_for_much_less_than_another() -> None:
+    """119 steps: the last point is no single step, which would look like a jump."""
+    line, _ = loss_plot([1.0] * 118 + [9.0])
+    assert len(line) == 60
+    assert line[-1] == [118.5, 5.0]
+    assert loss_plot([]) == ([], None)
 
 
 def test_the_same_input_gives_the_same_bytes_and_leaves_no_other_file(root: Path) -> None:

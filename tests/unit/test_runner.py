@@ -9,7 +9,7 @@ import pytest
 
 from smol_post import config, manifest, runner
 from smol_post.plan import Job, Parent, make_plan
-from smol_post.refusal import Refusal
+from smol_post.refusal import Failure, Refusal
 
 PARENT = Parent("../mid", Path("/nowhere"), "sha256:1", "mid")
 
@@ -159,6 +159,22 @@ def test_a_refused_run_is_written_down_and_exits_2(job: Job, capsys: pytest.Capt
     assert error.count("\n") == 1
     state = json.loads((job.run_dir / "state.json").read_text())
     assert (state["status"], state["message"][:6]) == ("refused", "../mid")
+
+
+def test_a_run_that_cannot_go_on_is_written_down_in_a_line_and_exits_1(
+    job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*given: Any) -> None:
+        raise Failure("step 3: the loss is nan; lower the learning rate")
+
+    monkeypatch.setattr("smol_post.sft.run", diverge)
+    lock = runner.claim(job, [], "print")
+    assert lock is not None
+    with lock:
+        assert runner._guarded(replace(job, parent_paths=[]), [], "print", 0.0) == 1
+    assert capsys.readouterr().err == "failed: step 3: the loss is nan; lower the learning rate\n"
+    state = json.loads((job.run_dir / "state.json").read_text())
+    assert (state["status"], state["message"][:6]) == ("failed", "step 3")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,241 @@
+"""TRL's trainers on flat rows of token ids: losses that do not depend on how a batch is cut, and their tally.
+
+    packs  loss = sum over trained tokens of -log p / trained tokens of the global batch
+    pairs  loss = sum over pairs of l(log-ratio of chosen, of rejected) / pairs of the global batch
+
+The head runs inside the model's own forward, on trained positions only, so wrappers (DDP, FSDP2, ZeRO, PEFT,
+autocast) see what they always see, and full logits never exist.
+"""
+
+import contextlib
+import functools
+import types
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object, is_peft_model
+from torch.distributed.tensor import DTensor, Partial
+from transformers import PreTrainedModel
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.sft_trainer import SFTTrainer
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from smol_post import batches, losses
+from smol_post.batches import Batch
+from smol_post.data import IGNORED
+from smol_post.refusal import Refusal
+
+
+def add_scoring(lm: PreTrainedModel) -> None:
+    """Let lm(..., scored_labels=labels_BT) return the scores of trained tokens instead of logits (in place).
+
+    reduction "sum": minus the sum of their log-probabilities, a scalar; "none": each of them, (N,), in order.
+    labels are unshifted: position t is scored against label t + 1, where that is not IGNORED. Raises Refusal
+    where the head is more than a matrix.
+    """
+    lm = lm.get_base_model() if is_peft_model(lm) else lm  # pyright: ignore[reportCallIssue]
+    if getattr(lm, "scores_labels", False):
+        return
+    head, config = lm.get_output_embeddings(), lm.config
+    scales = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+    odd = [name for name in scales if getattr(config, name, None) not in (None, 1, 1.0)]
+    if odd or head is None or getattr(head, "bias", None) is not None:
+        found = odd[0] if odd else "a bias" if head is not None else "no weight"
+        raise Refusal(
+            f"{config.model_type}: the head has {found}, wanted a plain matrix; train another model"
+        )
+    forward = lm.forward
+
+    @functools.wraps(type(lm).forward)  # generate() reads the signature
+    def scoring_forward(
+        self: Any, *args: Any, scored_labels: Any = None, reduction: str = "sum", **kwargs: Any
+    ) -> Any:
+        if scored_labels is None:
+            return forward(*args, **kwargs)
+        hidden_BTD = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        labels_BT = scored_labels[:, 1:]
+        trained_BT = labels_BT != IGNORED
+        weight_VD = self.get_output_embeddings().weight  # looked up each time: wrappers replace it
+        if isinstance(weight_VD, DTensor):
+            # each process has the gradient of its own tokens: to be averaged, not taken for everyone's
+            average = [Partial("avg")] * weight_VD.device_mesh.ndim
+            weight_VD = weight_VD.full_tensor(grad_placements=average)
+        score = losses.summed_cross_entropy if reduction == "sum" else losses.token_log_probs
+        with maybe_gather_lm_head_ctx(weight_VD):  # pyright: ignore[reportArgumentType]
+            return score(hidden_BTD[trained_BT], weight_VD, labels_BT[trained_BT])
+
+    lm.forward = types.MethodType(scoring_forward, lm)
+    lm.scores_labels = True  # pyright: ignore[reportArgumentType]
+
+
+class Exact:
+    """What both trainers share: undecayed embeddings, and a tally of every step.
+
+    `tally` holds what this process has added up over the optimiser step under way: the loss (as the Trainer
+    means it: averaged over processes it is the loss of the global batch), tokens, trained tokens, of pairs
+    sums of their rewards; `addresses` those of the documents. `gauges` tells trackers more than TRL does.
+    """
+
+    tally: defaultdict[str, Any]
+    grad_norm: Any = None
+    learning_rate: float = 0.0
+    gauges: Callable[[], dict[str, float]] = dict
+
+    def __init__(self, *args: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+        """`model` gets its scoring forward before anything wraps it."""
+        self.tally, self.addresses = defaultdict(int), list[int]()
+        add_scoring(model)
+        super().__init__(*args, model=model, **kwargs)  # pyright: ignore[reportCallIssue]
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Names of the parameters in the decay group: no embedding is, nor a head tied to one."""
+        names = super().get_decay_parameter_names(model)  # type: ignore[misc]
+        embeddings = {id(one.weight) for one in model.modules() if isinstance(one, torch.nn.Embedding)}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        return [name for name in names if id(parameters[name]) not in embeddings]
+
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch, tallied; its part of the loss."""
+        loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        self.tally["loss"] += loss
+        self.tally["num_tokens"] += inputs["input_ids"].numel()
+        self.tally["num_trained_tokens"] += (inputs["labels"] != IGNORED).sum()
+        self.addresses += inputs["address"]
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.learning_rate = self._get_learning_rate()  # type: ignore[attr-defined]
+        return self.grad_norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does, the values of a step beside what the instruments measure."""
+        if "loss" in logs:
+            self._metrics["train"].pop("num_tokens", None)  # type: ignore[attr-defined]  # not kept by a resume
+            logs = {**self.gauges(), **logs}
+        super().log(logs, start_time)  # type: ignore[misc]
+
+
+class PackTrainer(Exact, SFTTrainer):
+    """TRL's SFT trainer on packs of our own."""
+
+    def sums(self, model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
+        """(sum of the losses, how many there are) of a batch: of its trained tokens."""
+        total = model(**batches.model_inputs(batch), scored_labels=batch["labels"])
+        return total, int((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Summed cross-entropy of the micro-batch over the trained tokens of the global batch (a scalar).
+
+        DDP averages gradients over processes, hence the factor. TRL's own path, with its own losses, where
+        the recipe asks for label smoothing or another loss_type.
+        """
+        other = getattr(self.args, "loss_type", "nll") != "nll" or self.args.label_smoothing_factor
+        if return_outputs or other:
+            given = {**batches.model_inputs(inputs), "labels": inputs["labels"]}
+            return super().compute_loss(model, given, return_outputs, num_items_in_batch)
+        total = model(**batches.model_inputs(inputs), scored_labels=inputs["labels"])
+        assert num_items_in_batch is not None
+        return total / num_items_in_batch * self.accelerator.num_processes
+
+
+class PairTrainer(Exact, DPOTrainer):
+    """TRL's DPO trainer on pairs that are token ids, without padding, its micro-batches cut by tokens.
+
+    A batch is the whole share of this process; `training_step` cuts it. Processes agree on the number of
+    micro-batches, since a sharded model talks in every forward.
+    """
+
+    def __init__(self, *args: Any, micro_batch_tokens: int, **kwargs: Any) -> None:
+        """`ref_model`: the live reference; without it batches bring their `reference` log-probabilities."""
+        self.micro_batch_tokens = micro_batch_tokens
+        self.num_chosen_tokens: Any = None  # of the global batch under way
+        if kwargs.get("ref_model") is not None:
+            add_scoring(kwargs["ref_model"])
+        super().__init__(*args, **kwargs)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of this process's share of the global batch, a micro-batch at a time."""
+        parts = batches.cut(inputs, max_tokens=self.micro_batch_tokens)
+        if self.accelerator.num_processes > 1:
+            most = max(gather_object([len(parts)]))
+            parts = batches.cut(inputs, max_tokens=self.micro_batch_tokens, at_least=most)
+        if "sft" in self.loss_types:
+            self.num_chosen_tokens = sum(gather_object([sum(_num_answer_tokens(inputs)[::2])]))
+        total = torch.zeros((), device=self.accelerator.device)
+        for number, part in enumerate(parts, 1):
+            last = number == len(parts)
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            alone = last or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            with contextlib.nullcontext() if alone else self.accelerator.no_sync(model=model):
+                total = total + super().training_step(model, part, num_items_in_batch)
+        return total
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Summed losses of the micro-batch's pairs over the pairs of this process's share (a scalar)."""
+        total, ratios_P2, log_probs_P2 = self._score(model, inputs)
+        rewards_P2 = self.beta * ratios_P2.detach()
+        for side, name in enumerate(("chosen", "rejected")):
+            self.tally[f"rewards/{name}"] += rewards_P2[:, side].sum()
+            self.tally[f"logps/{name}"] += log_probs_P2[:, side].detach().sum()
+        self.tally["rewards/accuracies"] += (rewards_P2[:, 0] > rewards_P2[:, 1]).sum()
+        self.tally["rewards/margins"] += (rewards_P2[:, 0] - rewards_P2[:, 1]).sum()
+        self.tally["num_pairs"] += len(rewards_P2)
+        return total / self.args.per_device_train_batch_size
+
+    def sums(self, model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
+        """(sum of the losses, how many there are) of a batch: of its pairs."""
+        return self._score(model, batch)[0], len(batch["seq_lengths"]) // 2
+
+    def log_ratios(self, model: Any, batch: Batch) -> torch.Tensor:
+        """log pi / pi_ref of the answers, (P, 2): chosen, rejected."""
+        return self._score(model, batch)[1]
+
+    def _score(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        log_probs_P2 = answer_log_probs(model, batch)
+        if "reference" in batch:
+            reference_P2 = torch.tensor(batch["reference"], device=log_probs_P2.device).view(-1, 2)
+        else:
+            with torch.no_grad():
+                reference_P2 = answer_log_probs(self.ref_model, batch)
+        ratios_P2 = log_probs_P2 - reference_P2
+        counts_P2 = torch.tensor(_num_answer_tokens(batch), device=ratios_P2.device).view(-1, 2)
+        total = torch.zeros((), device=ratios_P2.device)
+        for loss_type, weight in zip(self.loss_types, self.loss_weights, strict=True):
+            each_P = losses.preference_losses(
+                loss_type,
+                beta=self.beta,
+                chosen_P=ratios_P2[:, 0],
+                rejected_P=ratios_P2[:, 1],
+                chosen_tokens_P=counts_P2[:, 0],
+                rejected_tokens_P=counts_P2[:, 1],
+                chosen_log_probs_P=log_probs_P2[:, 0],
+                num_chosen_tokens=self.num_chosen_tokens,
+                num_pairs=self.args.per_device_train_batch_size * self.accelerator.num_processes,
+            )
+            total = total + weight * each_P.sum()
+        return total, ratios_P2, log_probs_P2
+
+
+def answer_log_probs(model: Any, batch: Batch) -> torch.Tensor:
+    """log p of each answer given its prompt, (P, 2): chosen, rejected; summed over the answer's tokens."""
+    each_N = model(**batches.model_inputs(batch), scored_labels=batch["labels"], reduction="none")
+    sums = [one.sum() for one in each_N.split(_num_answer_tokens(batch))]
+    return torch.stack(sums).view(-1, 2)
+
+
+def _num_answer_tokens(batch: Batch) -> Sequence[int]:
+    return batches.num_trained_by_document(batch, IGNORED)
