@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import smol_post
-from benchmarks import attention, loss, packing, preparing
+from benchmarks import attention, loss, packing, preference, preparing, training
 from benchmarks.measure import Result, apart
 
 BENCHMARKS: dict[str, Callable[..., Result]] = {
@@ -28,6 +28,8 @@ BENCHMARKS: dict[str, Callable[..., Result]] = {
     "memory": preparing.memory,
     "attention": attention.attention,
     "loss": loss.loss,
+    "sft_step": training.sft_step,
+    "apo": preference.apo,
 }
 RESULTS = Path(__file__).parent / "results"
 _SOURCES = {".py", ".jinja", ".json"}
@@ -37,6 +39,7 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONWARNINGS": "ignore",
 }
@@ -120,7 +123,7 @@ def table(reports: list[dict[str, Any]]) -> str:
     ...               "bar": 1.5, "promises": {"CPU time": True}}]))
     benchmark        number                         peer          ours
     a                cpu_seconds                       3           1.5
-                     ratio 2.0, promised 1.5; CPU time: kept
+                     ratio 2.00, promised 1.5; CPU time: kept
     """
     lines = [f"{'benchmark':<16} {'number':<20} {'peer':>14}{'ours':>14}"]
     for report in reports:
@@ -132,7 +135,7 @@ def table(reports: list[dict[str, Any]]) -> str:
             )
             name = ""
         kept = ", ".join(f"{what}: {'kept' if one else 'BROKEN'}" for what, one in report["promises"].items())
-        lines.append(f"{'':<16} ratio {report['ratio']:.1f}, promised {report['bar']}; {kept}")
+        lines.append(f"{'':<16} ratio {report['ratio']:.2f}, promised {report['bar']}; {kept}")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Rows of documents -> one flat row a batch, and pairs cut by a budget of tokens.
 
     rows   {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, 7, -100, 9], "seq_lengths": [3, 2], ...}
-      | collate         every document of every row, end to end; nothing is padded
+      | collate         every document of every row, end to end; nothing is padded; num_trained 2 1
       | cut             pairs (documents two by two) into micro-batches of at most so many tokens
       v model_inputs    position_ids 0 1 2 0 1, cu_seq_lens 0 3 5
 
@@ -9,12 +9,12 @@ Shape suffixes: T tokens of the batch (its first dimension is always 1).
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 
+from smol_post.data import IGNORED
 from smol_post.packing import best_fit_decreasing
 
 Batch = dict[str, Any]
@@ -23,7 +23,8 @@ Batch = dict[str, Any]
 def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
     """The rows end to end: input_ids_1T and labels_1T as tensors, seq_lengths and other columns as lists.
 
-    Lists stay what they are on the way to a device, so the lengths of documents are known without asking it.
+    `num_trained` says how many tokens of each document carry loss. Lists stay what they are on the way to a
+    device, so what is known of documents is known without asking it.
     """
     batch: Batch = {}
     for key, value in rows[0].items():
@@ -31,6 +32,8 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
             batch[key] = torch.from_numpy(np.concatenate([np.asarray(row[key]) for row in rows]))[None]
         elif isinstance(value, list):
             batch[key] = [one for row in rows for one in row[key]]
+    trained_T = batch["labels"][0].numpy() != IGNORED
+    batch["num_trained"] = np.add.reduceat(trained_T, _edges(batch)[:-1], dtype=np.int64).tolist()
     return batch
 
 
@@ -40,26 +43,23 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     No attention mask: with one, transformers would let documents see each other. Lengths 3 and 2:
         position_ids 0 1 2 0 1   cu_seq_lens_q 0 3 5   max_length_q 3
     """
-    device = batch["input_ids"].device
-    lengths = torch.tensor(batch["seq_lengths"])
-    edges = torch.tensor([0, *accumulate(batch["seq_lengths"])], dtype=torch.int32)
-    positions = torch.arange(int(edges[-1])) - edges[:-1].long().repeat_interleave(lengths)
-    edges = edges.to(device)
+    device, edges = batch["input_ids"].device, _edges(batch)
+    positions = np.arange(edges[-1]) - np.repeat(edges[:-1], batch["seq_lengths"])
+    borders = torch.from_numpy(edges).to(device, torch.int32)
     return {
         "input_ids": batch["input_ids"],
-        "position_ids": positions[None].to(device),
-        "cu_seq_lens_q": edges,
-        "cu_seq_lens_k": edges,
+        "position_ids": torch.from_numpy(positions)[None].to(device),
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
         "max_length_q": max(batch["seq_lengths"]),
         "max_length_k": max(batch["seq_lengths"]),
         "use_cache": False,
     }
 
 
-def num_trained_by_document(batch: Batch, ignored: int) -> list[int]:
-    """How many tokens of each document carry loss."""
-    trained_T = batch["labels"][0] != ignored
-    return torch.stack([one.sum() for one in trained_T.split(batch["seq_lengths"])]).tolist()
+def _edges(batch: Batch) -> np.ndarray:
+    """Where each document begins, and where the last one ends: 0 3 5."""
+    return np.cumsum([0, *batch["seq_lengths"]])
 
 
 def cut(batch: Batch, *, max_tokens: int, at_least: int = 1) -> list[Batch]:
