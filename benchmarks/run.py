@@ -26,8 +26,8 @@ BENCHMARKS: dict[str, Callable[..., Result]] = {
     "prepare": preparing.prepare,
     "packs": packing.packs,
     "memory": preparing.memory,
-    "attention": attention.attention,
     "loss": loss.loss,
+    "attention": attention.attention,
     "sft_step": training.sft_step,
     "apo": preference.apo,
 }

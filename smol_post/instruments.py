@@ -174,6 +174,8 @@ class Instruments(TrainerCallback):
         PartialState().wait_for_everyone()  # every rank has written its part
         if state.is_world_process_zero:
             folder = _checkpoint(args, state)
+            assert self.stream is not None
+            os.fsync(self.stream.fileno())  # a checkpoint must not outlive the lines of its steps
             manifest.write_json(folder / TOTALS, {**self.totals, "losses": list(self.losses)})
             manifest.seal(folder)
         self.lap = time.monotonic() - self.begun

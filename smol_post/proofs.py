@@ -113,7 +113,10 @@ def positions_turn_the_layers_that_the_config_names(look: Rehearsal) -> Found:
         look.loss(look.collate([look.read(look.rows[0])]))
     if not turns:
         raise NotRun("attention of this model takes no position_embeddings")
-    asked = getattr(look.lm.config, "no_rope_layers", None) or [1] * look.lm.config.num_hidden_layers
+    asked = getattr(look.lm.config, "no_rope_layers", None)
+    if not asked and not all(turns.values()):
+        raise NotRun("the config does not say which layers are turned, and not all are")
+    asked = asked or [1] * look.lm.config.num_hidden_layers
     found, wanted = (
         {"NoPE layers": [at for at, one in enumerate(layers) if not one], "layers": len(layers)}
         for layers in ([turns[at] for at in sorted(turns)], asked)
