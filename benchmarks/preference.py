@@ -103,7 +103,7 @@ def _pair_recipe(size: Size) -> Any:
         chat_template="smol_post",
         verify="off",
         sources=[Source(name="pairs", generator="preference_pairs", num_rows=size.number)],
-        trainer=TRAINER,
+        trainer={**TRAINER, "warmup_steps": 0},
     )
 
 

@@ -402,9 +402,13 @@ def main(stage: str) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End a launched process; in order, or the threads of gloo may abort it after its work is done."""
+    """End a launched process in order; one that writes nothing at once, before threads of gloo abort it."""
     if torch := sys.modules.get("torch"):
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
+    if rank() != 0:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)

@@ -90,6 +90,7 @@ class Exact:
     sums of their rewards; `addresses` those of the documents. `gauges` tells trackers more than TRL does.
     """
 
+    loss_is_scaled_for_ga = True  # every loss is divided by what the global batch has
     tally: defaultdict[str, Any]
     grad_norm: Any = None
     learning_rate: float = 0.0

@@ -26,7 +26,5 @@ if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed.ops  # pyright: ignore[reportMissingImports]
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-            False  # gloo does; else it is compiled first
-        )
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does; else it is compiled first
     runner.main(sys.argv.pop(1))
