@@ -16,7 +16,7 @@ import resource
 import statistics
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,12 +38,13 @@ from smol_post.report import duration
 
 Announce = Callable[[str], None]
 LOG, BAD_BATCH, TOTALS = "train_log.jsonl", "bad_batch.json", "instruments.json"
-# The loss explodes: the median of the last RECENT_STEPS is above FACTOR x that of the up to HISTORY_STEPS
-# before them + MARGIN. Our choice: medians, of so many steps that odd batches, if one in 50 is, pass for it
-# less than once in a million steps; a FACTOR that no shift of data makes; a MARGIN, since a loss near zero
-# triples for nothing.
+# The loss explodes: half of the last RECENT_STEPS are above FACTOR x the median of the up to HISTORY_STEPS
+# before them + MARGIN. Our choice: half of so many that odd batches, if one in 50 is, pass for it less than
+# once in a million steps; a FACTOR that no shift of data makes; a MARGIN, since a loss near zero triples for
+# nothing.
 RECENT_STEPS, HISTORY_STEPS, FACTOR, MARGIN = 10, 100, 3.0, 0.5
 SPEED_STEPS = 100  # speed and time left are those of so many last steps, the first of the process left out
+_encode = json.JSONEncoder(allow_nan=False).encode
 _LASTING = {"num_tokens", "num_trained_tokens", "seconds", "memory_bytes"}
 
 
@@ -70,7 +71,7 @@ class Instruments(TrainerCallback):
         self.addresses: deque[list[int]] = deque(maxlen=RECENT_STEPS)  # of this process's documents
         self.speed: deque[tuple[float, int]] = deque(maxlen=SPEED_STEPS + 1)  # (seconds, num_tokens)
         self.line: dict[str, Any] = {}
-        self.unlogged: Counter[str] = Counter()  # sums of the lines since the trackers got some
+        self.unlogged: deque[dict[str, Any]] = deque(maxlen=1000)  # lines since the trackers got some
         self.stream: TextIO | None = None
         self.bar: Any = None
         trainer.gauges = self._gauges
@@ -102,11 +103,11 @@ class Instruments(TrainerCallback):
         if state.global_step:
             self.totals = manifest.read_json(_checkpoint(args, state) / TOTALS)
             self.losses.extend(self.totals.pop("losses"))
-        self.lap = self.totals["seconds"]
+        self.lap = self.due = self.totals["seconds"]
         self.begun = time.monotonic() - self.lap
         if state.is_world_process_zero:
             cut(self.run_dir / LOG, state.global_step)
-            self.stream = (self.run_dir / LOG).open("a", buffering=1)
+            self.stream = (self.run_dir / LOG).open("a")
             if _columns():
                 self.bar = tqdm(
                     desc=self.run_dir.name,
@@ -124,12 +125,14 @@ class Instruments(TrainerCallback):
         loss, grad_norm = sums.pop("loss"), sums.pop("grad_norm", None)
         self._check(step, loss, grad_norm)
         seconds = time.monotonic() - self.begun
+        due = seconds >= self.due
+        if due:  # once a second, since asking the system takes as long as all the rest
+            self.due, self.memory = seconds + 1, peak_memory(self.trainer.accelerator.device)
         num_tokens, num_pairs = sums["num_tokens"], sums.pop("num_pairs", 0)
         for key in ("num_tokens", "num_trained_tokens"):
             totals[key] += int(sums.pop(key))
-        totals |= {"loss": totals["loss"] + loss, "seconds": seconds}
+        totals["loss"], totals["seconds"] = totals["loss"] + loss, seconds
         totals.setdefault("first_loss", loss)
-        totals["last_loss"] = statistics.fmean(list(self.losses)[-RECENT_STEPS:])
         line = {
             "step": step,
             "epoch": state.epoch,
@@ -141,15 +144,17 @@ class Instruments(TrainerCallback):
             "utilisation": round(num_tokens / self.room_tokens, 4) if self.room_tokens else None,
             "tokens_per_second": round(num_tokens / max(seconds - self.lap, 1e-9), 1),
             "seconds": round(seconds, 3),
-            "memory_bytes": peak_memory(self.trainer.accelerator.device),
+            "memory_bytes": self.memory,
             **{key: total / num_pairs for key, total in sums.items()},
         }
         self.line = {key: value for key, value in line.items() if value is not None}
         self.lap = seconds
         self.speed.append((seconds, totals["num_tokens"]))
-        self.unlogged.update(self.line | {"lines": 1})
+        self.unlogged.append(self.line)
         if self.stream is not None:
-            self.stream.write(json.dumps(self.line, allow_nan=False) + "\n")
+            self.stream.write(_encode(self.line) + "\n")
+            if due:
+                self.stream.flush()
         if self.bar is not None:
             text = self._text(loss, self.trainer.learning_rate, state)
             self.bar.set_description_str(f"{self.run_dir.name}: {text}", refresh=False)
@@ -175,6 +180,7 @@ class Instruments(TrainerCallback):
         if state.is_world_process_zero:
             folder = _checkpoint(args, state)
             assert self.stream is not None
+            self.stream.flush()
             os.fsync(self.stream.fileno())  # a checkpoint must not outlive the lines of its steps
             manifest.write_json(folder / TOTALS, {**self.totals, "losses": list(self.losses)})
             manifest.seal(folder)
@@ -186,6 +192,11 @@ class Instruments(TrainerCallback):
         """Remove what an earlier attempt wrote down."""
         if state.is_world_process_zero:
             (self.run_dir / BAD_BATCH).unlink(missing_ok=True)
+
+    @property
+    def last_loss(self) -> float | None:
+        """The mean loss of the last RECENT_STEPS; None before step 1."""
+        return statistics.fmean(list(self.losses)[-RECENT_STEPS:]) if self.losses else None
 
     def _take(self) -> dict[str, float]:
         """The tally of the step over all processes: sums, but of loss and gradient norm the mean."""
@@ -215,9 +226,13 @@ class Instruments(TrainerCallback):
 
     def _gauges(self) -> dict[str, float]:
         """For the trackers: totals as they are, else the means over the steps since they last asked."""
-        sums, self.unlogged = self.unlogged, Counter()
-        number, _, _ = (sums.pop(key) for key in ("lines", "step", "epoch"))
-        return {key: self.line[key] if key in _LASTING else sums[key] / number for key in sums}
+        lines = list(self.unlogged)
+        self.unlogged.clear()
+        return {
+            key: last if key in _LASTING else statistics.fmean(line[key] for line in lines if key in line)
+            for key, last in self.line.items()
+            if key not in ("step", "epoch")
+        }
 
     def _check(self, step: int, loss: float, grad_norm: float | None) -> None:
         """Stop the run, on all processes alike, where the step is bad."""
@@ -264,11 +279,10 @@ def explosion(losses: Sequence[float]) -> int | None:
     if len(losses) < 2 * RECENT_STEPS:
         return None
     known = list(losses)[-HISTORY_STEPS - RECENT_STEPS :]
-    before, recent = known[:-RECENT_STEPS], known[-RECENT_STEPS:]
-    limit = FACTOR * statistics.median(before) + MARGIN
-    if statistics.median(recent) <= limit:
-        return None
-    return RECENT_STEPS - 1 - next(at for at, loss in enumerate(recent) if loss > limit)
+    before, recent = sorted(known[:-RECENT_STEPS]), known[-RECENT_STEPS:]
+    limit = FACTOR * before[len(before) // 2] + MARGIN
+    above = [at for at, loss in enumerate(recent) if loss > limit]
+    return RECENT_STEPS - 1 - above[0] if 2 * len(above) >= RECENT_STEPS else None
 
 
 def documents(prepared: Prepared, addresses: Sequence[int]) -> list[dict[str, Any]]:

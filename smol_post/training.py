@@ -301,7 +301,7 @@ def fit(
         "num_trained_tokens_seen": totals["num_trained_tokens"],
         "train_loss": round(totals["loss"] / max(trainer.state.global_step, 1), 5),
         "first_loss": totals.get("first_loss"),
-        "last_loss": totals.get("last_loss"),
+        "last_loss": instruments.last_loss,
         "resumed_from_step": int(resumed.name.rsplit("-", 1)[1]) if resumed else 0,
         "training_seconds": round(totals["seconds"], 1),
     }
