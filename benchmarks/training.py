@@ -29,6 +29,7 @@ class Size:
 
     max_tokens: int
     number: int
+    batch: int = 1  # packs a step
     vocab_size: int = 8_192
     hidden_size: int = 64
     intermediate_size: int = 192
@@ -67,7 +68,8 @@ LARGE = {
     "num_heads": 8,
     "initializer_range": 0.02,
 }
-PACKS = Size(max_tokens=256, number=310, vocab_size=768)  # the model of the tiny recipe: 0.19M parameters
+PACKS = Size(max_tokens=512, number=360, batch=6, vocab_size=768)  # of the tiny recipe: 0.19M parameters
+SMALL_PACKS = Size(max_tokens=256, number=310, vocab_size=768)  # a step of 18 ms
 LARGE_PACKS = Size(max_tokens=2_048, number=5, **LARGE)  # 10.0M parameters
 TURN_STEPS = 10
 COMPARED_STEPS, CLOSE = 20, 1e-4  # so many losses are compared, and may differ by so much
@@ -82,19 +84,26 @@ TRAINER = {
 
 
 def sft_step(
-    work: Path, *, call: Call, size: Size = PACKS, large: Size = LARGE_PACKS, repetitions: int = 5
+    work: Path,
+    *,
+    call: Call,
+    size: Size = PACKS,
+    small: Size = SMALL_PACKS,
+    large: Size = LARGE_PACKS,
+    repetitions: int = 5,
 ) -> Result:
-    """A step on one pack of documents: TRL's and ours, each in turn with a bare loop."""
+    """A step on packs of documents: TRL's and ours, each in turn with a bare loop."""
     call(write_tokenizer, folder=work)
     of = partial(call, _steps, work=work)
     samples = in_turn(
         repetitions, peer=partial(of, fit=_fit_peer, size=size), ours=partial(of, fit=_fit_ours, size=size)
     )
-    samples |= in_turn(
-        min(repetitions, 3),
-        large_peer=partial(of, fit=_fit_peer, size=large),
-        large_ours=partial(of, fit=_fit_ours, size=large),
-    )
+    for name, other in (("small", small), ("large", large)):
+        sides = {"peer": _fit_peer, "ours": _fit_ours}
+        samples |= in_turn(
+            min(repetitions, 3),
+            **{f"{name}_{side}": partial(of, fit=fit, size=other) for side, fit in sides.items()},
+        )
     over = {name: _over_bare(each) for name, each in samples.items()}
     difference = max(one["loss_difference"] for each in samples.values() for one in each)
     ratio, bar = 1.05 / over["ours"], 1.0
@@ -106,22 +115,25 @@ def sft_step(
         promises={"at most 1.05 of a bare loop": ratio >= bar, "same losses": difference < CLOSE},
         repetitions=repetitions,
         compared=(
-            f"CPU seconds of an optimiser step on one pack of at most {size.max_tokens} tokens: a few "
-            "chats of the tiny recipe, a fifth of their tokens trained; float32, one thread, varlen "
-            "attention and fused AdamW on all sides. Each side takes turns, ten steps each, with a bare "
+            f"CPU seconds of an optimiser step on {size.batch} packs of at most {size.max_tokens} tokens, as "
+            "the tiny recipe's SFT has them: chats, a fifth of their tokens trained; float32, one thread, "
+            "varlen attention and fused AdamW on all sides. Each side takes turns of some steps with a bare "
             "torch loop in its process, and over_bare is the median over fresh processes of the quotient "
             "of both; ratio is 1.05 over ours. Not counted: the first turn, imports, preparation. Bare: "
             "packs and positions in memory, backbone, head on trained positions, cross_entropy, backward, "
             "clip_grad_norm_, AdamW, scheduler, zero_grad. Peer: TRL's SFTTrainer, padding_free, on the "
             "same packs. Ours: pack_trainer and fit, with their instruments, without the proofs before "
-            f"step 1. large: 10.0M parameters, vocabulary 8,192, packs of {large.max_tokens:,}, turns of "
-            "one step. loss_difference: the largest one from the bare loop over the first "
-            f"{COMPARED_STEPS} steps."
+            f"step 1. small: one pack of {small.max_tokens} a step. large: 10.0M parameters, vocabulary "
+            f"8,192, one pack of {large.max_tokens:,}. loss_difference: the largest one from the bare loop "
+            f"over the first {COMPARED_STEPS} steps."
         ),
         samples=samples,
         extra={
             "over_bare": over,
-            "large": {name: medians(samples[f"large_{name}"]) for name in ("peer", "ours")},
+            **{
+                name: {side: medians(samples[f"{name}_{side}"]) for side in ("peer", "ours")}
+                for name in ("small", "large")
+            },
         },
     )
 
@@ -216,11 +228,13 @@ def _steps(work: Path, fit: Callable[[Contest], None], size: Size) -> Numbers:
     from smol_post import batches
     from smol_post.config import SftRecipe, Source
 
+    num_steps = size.number // size.batch
     recipe = SftRecipe(
         stage="sft",
         max_tokens=size.max_tokens,
-        global_batch_size=1,
-        num_steps=size.number,
+        global_batch_size=size.batch,
+        micro_batch_size=size.batch,
+        num_steps=num_steps,
         loss_on="assistant",
         text_end="<|endoftext|>",
         verify="off",
@@ -230,9 +244,10 @@ def _steps(work: Path, fit: Callable[[Contest], None], size: Size) -> Numbers:
         trainer=TRAINER,
     )
     tokenizer, packs = prepared(work, recipe)
-    ready = [batches.collate([packs.dataset[number]]) for number in range(size.number)]
+    parts = np.arange(num_steps * size.batch).reshape(num_steps, -1).tolist()
+    ready = [batches.collate([packs.dataset[number] for number in part]) for part in parts]
     bare = _bare_loop(size.model("varlen"), [(batches.model_inputs(one), one["labels"]) for one in ready])
-    length = max(1, min(TURN_STEPS, size.number // 5))
+    length = max(1, min(TURN_STEPS, num_steps // 5))
     losses: list[Tensor] = []
     clock: list[float] = []  # begin of the trainer's turn, of the bare loop's, of the trainer's, ...
 
@@ -251,7 +266,7 @@ def _steps(work: Path, fit: Callable[[Contest], None], size: Size) -> Numbers:
     return {
         "step_cpu_seconds": seconds[0].item(),
         "bare_step_cpu_seconds": seconds[1].item(),
-        "num_tokens": sum(one["input_ids"].numel() for one in ready) / size.number,
+        "num_tokens": sum(one["input_ids"].numel() for one in ready) / num_steps,
         "loss_difference": max(abs(one - float(other)) for one, other in some),
     }
 
