@@ -150,7 +150,6 @@ def _our_pairs(work: Path, size: Size) -> tuple[Numbers, list[float]]:
                 weights="",
                 cache_dir=Path(folder),
                 micro_batch_tokens=MICRO_BATCH_TOKENS,
-                bf16=False,
                 announce=silent,
             )
         contest = Contest(recipe, pairs, tokenizer, lm, Path(folder))

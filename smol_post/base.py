@@ -29,7 +29,6 @@ def run(recipe: BaseRecipe, parents: list[runner.Parent], job: runner.Job) -> di
         token_ids={"bos_token_id": end, "eos_token_id": end, "pad_token_id": end},
         attn_implementation=recipe.attention,
     )
-    model.check_rope(lm)
     return training.train_on_packs(recipe, lm, words, **job.place())
 
 

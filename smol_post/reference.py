@@ -1,4 +1,4 @@
-"""Log-probabilities of the reference, computed once: an artefact of (weights, pairs, precision), on disk.
+"""Log-probabilities of the reference, computed once: an artefact of (weights, pairs, rounding), on disk.
 
     cache/reference/<key>/log_probs.npy    float32 (num_pairs, 2): chosen, rejected; pairs by address
 
@@ -6,16 +6,17 @@ The key knows the pairs as a set: the seeds of a soup, which differ in the order
 so does every resume.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, gather_object
 from transformers import PreTrainedModel
 
 from smol_post import batches, manifest
@@ -24,6 +25,7 @@ from smol_post.documents import folder_of, once
 from smol_post.refusal import Refusal
 from smol_post.trainers import add_scoring, answer_log_probs
 
+Rounding = Literal["nothing", "products", "parameters"]
 FOLDER = "reference"
 _WINDOW_PAIRS = 64  # read at once, and cut into micro-batches
 
@@ -38,13 +40,14 @@ def with_reference(
     weights: str,
     cache_dir: Path,
     micro_batch_tokens: int,
-    bf16: bool,
+    rounding: Rounding = "nothing",
     announce: Callable[[str], None],
 ) -> Prepared:
     """The pairs with a column `reference`, [log p of chosen, of rejected] under `lm`, from the cache.
 
-    `weights` is the digest of the checkpoint that `lm` was loaded from; `bf16` computes under autocast, as
-    one process and DDP train. Every process computes its part, the first one writes. `lm` ends where it was.
+    `weights` is the digest of the checkpoint that `lm` was loaded from. Policy and reference agree at step 0
+    where `rounding` is that of training. Every process computes its part, the first one writes. `lm` ends as
+    it was.
     """
     addresses = np.stack(prepared.index.with_format("numpy")["address"][:]).reshape(-1, 2)
     _, first, inverse = np.unique(addresses[:, 0], return_index=True, return_inverse=True)
@@ -54,7 +57,7 @@ def with_reference(
             "documents": [store.folder.name for store in prepared.stores],
             "pairs": manifest.digest_text(str(addresses[first].tolist())),
             "attention": lm.config._attn_implementation,
-            "bf16": bf16,
+            "rounding": rounding,
             "device": PartialState().device.type,  # pyright: ignore[reportOptionalMemberAccess]
             "versions": manifest.versions(),
             "code": [resources.files("smol_post").joinpath(name).read_text() for name in _CODE],
@@ -67,7 +70,7 @@ def with_reference(
         mine = np.arange(len(first))[state.process_index :: state.num_processes]
         started = time.monotonic()
         rows = prepared.index.with_transform(prepared.reader)
-        found = _compute(lm, rows, first[mine], micro_batch_tokens, bf16=bf16)
+        found = _compute(lm, rows, first[mine], micro_batch_tokens, rounding)
         parts = gather_object([(mine, found)])
         announce(
             f"reference: {len(first):,} pairs in {time.monotonic() - started:.0f} s, kept for every seed"
@@ -88,9 +91,30 @@ def with_reference(
     return prepared.with_column("reference", table[inverse.ravel()])
 
 
+def rounding_of(accelerator: Accelerator) -> Rounding:
+    """What training rounds to bfloat16: products under autocast; FSDP and ZeRO have rounded parameters."""
+    if accelerator.mixed_precision == "no":
+        return "nothing"
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return "parameters" if sharded else "products"
+
+
+@contextlib.contextmanager
+def _rounded(lm: PreTrainedModel, rounding: Rounding) -> Iterator[None]:
+    whole = {one: one.data for one in lm.parameters()} if rounding == "parameters" else {}
+    for parameter in whole:
+        parameter.data = parameter.data.bfloat16()
+    try:
+        with torch.autocast(lm.device.type, torch.bfloat16, enabled=rounding == "products"):
+            yield
+    finally:
+        for parameter, data in whole.items():
+            parameter.data = data
+
+
 @torch.no_grad()
 def _compute(
-    lm: PreTrainedModel, rows: Any, wanted: np.ndarray, micro_batch_tokens: int, *, bf16: bool
+    lm: PreTrainedModel, rows: Any, wanted: np.ndarray, micro_batch_tokens: int, rounding: Rounding
 ) -> np.ndarray:
     """(len(wanted), 2) log-probabilities of these rows, a window of pairs at a time."""
     add_scoring(lm)
@@ -98,14 +122,14 @@ def _compute(
     before, training = lm.device, lm.training
     lm.to(device).eval()  # pyright: ignore[reportArgumentType]
     found = np.zeros((len(wanted), 2), np.float32)
-    for start in range(0, len(wanted), _WINDOW_PAIRS):
-        window = rows[wanted[start : start + _WINDOW_PAIRS].tolist()]
-        each = zip(*window.values(), strict=True)
-        batch = batches.collate([dict(zip(window, row, strict=True)) for row in each])
-        batch["number"] = [n for n in range(start, start + len(window["address"])) for _ in range(2)]
-        for part in batches.cut(batch, max_tokens=micro_batch_tokens):
-            part |= {key: part[key].to(device) for key in ("input_ids", "labels")}
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with _rounded(lm, rounding):
+        for start in range(0, len(wanted), _WINDOW_PAIRS):
+            window = rows[wanted[start : start + _WINDOW_PAIRS].tolist()]
+            each = zip(*window.values(), strict=True)
+            batch = batches.collate([dict(zip(window, row, strict=True)) for row in each])
+            batch["number"] = [n for n in range(start, start + len(window["address"])) for _ in range(2)]
+            for part in batches.cut(batch, max_tokens=micro_batch_tokens):
+                part |= {key: part[key].to(device) for key in ("input_ids", "labels")}
                 found[part.pop("number")[::2]] = answer_log_probs(lm, part).float().cpu().numpy()
     lm.to(before).train(training)  # pyright: ignore[reportArgumentType]
     return found

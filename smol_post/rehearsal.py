@@ -116,8 +116,7 @@ class Rehearsal:
         self.zero = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         tf32 = torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
         self.rounded = tf32 or self.accelerator.mixed_precision != "no"  # products to fewer bits than float32
-        other = getattr(trainer.args, "loss_type", "nll") != "nll" or trainer.args.label_smoothing_factor
-        self.trl_loss = not self.pairs and bool(other)
+        self.trl_loss = not self.pairs and trainer.trl_loss
         self.loader = trainer.get_train_dataloader()
         self.pool = Pool.of(prepared.stores)
         self.bases = np.cumsum([0, *(len(store.tokens) for store in prepared.stores)])

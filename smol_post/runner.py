@@ -9,6 +9,7 @@ doors end in `execute`.
 """
 
 import argparse
+import atexit
 import contextlib
 import fcntl
 import importlib
@@ -402,13 +403,12 @@ def main(stage: str) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End a launched process in order; one that writes nothing at once, before threads of gloo abort it."""
-    if torch := sys.modules.get("torch"):
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
-    if rank() != 0:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    """End a process; one of several at once and in order, before threads of gloo abort it on its way out."""
+    distributed = torch.distributed if (torch := sys.modules.get("torch")) else None
+    if not (distributed and distributed.is_available() and distributed.is_initialized()):
+        sys.exit(code)
+    distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

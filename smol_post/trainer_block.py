@@ -123,6 +123,10 @@ def check_trainer_block(stage: str, block: dict[str, Any], *, where: str) -> Non
     _check_loss(stage, block, where=f"{where}: trainer")
     if block.get("save_strategy") == "best":
         raise Refusal(f"{where}: trainer.save_strategy: not accepted as best, {_NO_EVALUATION}; take steps")
+    if block.get("save_total_limit") == 1:
+        raise Refusal(
+            f"{where}: trainer.save_total_limit: found 1, wanted 2 or more; the last one may be torn"
+        )
     if block.get("lr_scheduler_type") == "warmup_stable_decay" and "num_decay_steps" not in (
         block.get("lr_scheduler_kwargs") or {}
     ):

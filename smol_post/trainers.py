@@ -8,6 +8,7 @@ autocast) see what they always see, and full logits never exist.
 """
 
 import contextlib
+import dataclasses
 import functools
 import types
 from collections import defaultdict
@@ -70,11 +71,13 @@ def add_scoring(lm: PreTrainedModel) -> None:
             average = [Partial("avg")] * weight_VD.device_mesh.ndim
             weight_VD = weight_VD.full_tensor(grad_placements=average)
         given = hidden_BTD[trained_BT], weight_VD, labels_BT[trained_BT]
-        with maybe_gather_lm_head_ctx(weight_VD):  # pyright: ignore[reportArgumentType]
+        partitioned = hasattr(weight_VD, "ds_id")  # by ZeRO-3: whole here, but not in the backward pass
+        whole = maybe_gather_lm_head_ctx(weight_VD) if partitioned else contextlib.nullcontext()  # type: ignore[arg-type]
+        with whole:
             if reduction == "none":
                 return losses.token_log_probs(*given)
             few = len(given[-1]) * len(weight_VD) <= FEW_LOGITS
-            if few and not hasattr(weight_VD, "ds_id"):  # of ZeRO-3, whose weight is not there in backward
+            if few and not partitioned:
                 return -losses.token_log_probs(*given).sum()
             return losses.summed_cross_entropy(*given)
 
@@ -101,6 +104,14 @@ class Exact:
         self.tally, self.addresses = defaultdict(int), list[int]()
         add_scoring(model)
         super().__init__(*args, model=model, **kwargs)  # pyright: ignore[reportCallIssue]
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The accelerator; FSDP2 is kept from summing gradients and rounding losses in bfloat16."""
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)  # type: ignore[attr-defined]
+        if plugin and plugin.fsdp_version == 2 and plugin.mixed_precision_policy:
+            exact = {"reduce_dtype": torch.float32, "output_dtype": None}
+            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, **exact)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Names of the parameters in the decay group: no embedding is, nor a head tied to one."""
@@ -150,6 +161,12 @@ def _train(lm: PreTrainedModel, mode: bool = True) -> PreTrainedModel:
 class PackTrainer(Exact, SFTTrainer):
     """TRL's SFT trainer on packs of our own."""
 
+    @property
+    def trl_loss(self) -> bool:
+        """Whether the recipe asks for one of TRL's losses: another loss_type, or label smoothing."""
+        other = getattr(self.args, "loss_type", "nll") != "nll"
+        return other or self.args.label_smoothing_factor > 0
+
     def sums(self, model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
         """(sum of the losses, how many there are) of a batch: of its trained tokens."""
         total = model(**batches.model_inputs(batch), scored_labels=batch["labels"])
@@ -160,11 +177,9 @@ class PackTrainer(Exact, SFTTrainer):
     ) -> Any:
         """Summed cross-entropy of the micro-batch over the trained tokens of the global batch (a scalar).
 
-        DDP averages gradients over processes, hence the factor. TRL's own path, with its own losses, where
-        the recipe asks for label smoothing or another loss_type.
+        DDP averages gradients over processes, hence the factor. TRL's own path where `trl_loss`.
         """
-        other = getattr(self.args, "loss_type", "nll") != "nll" or self.args.label_smoothing_factor
-        if return_outputs or other:
+        if self.trl_loss:
             given = {**batches.model_inputs(inputs), "labels": inputs["labels"]}
             return super().compute_loss(model, given, return_outputs, num_items_in_batch)
         total = model(**batches.model_inputs(inputs), scored_labels=inputs["labels"])

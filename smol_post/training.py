@@ -57,6 +57,8 @@ def trainer_arguments(recipe: Training, *, run_dir: Path, num_processes: int) ->
         "bf16": False,
         "activation_checkpointing": False,
         "report_to": "none",
+        "run_name": run_dir.name,
+        "project": run_dir.parent.name,
         "save_strategy": "no",
         "logging_steps": 10,
         "logging_nan_inf_filter": False,
@@ -173,6 +175,9 @@ def train_on_pairs(
     pairs = data.prepare(recipe, words, folder=folder, cache_dir=cache_dir)
     announce(describe(pairs.ledger))
     micro_batch_tokens = recipe.micro_batch_tokens or 2 * recipe.max_tokens
+    trainer = pair_trainer(
+        lm, live, words.tokenizer, pairs.dataset, micro_batch_tokens=micro_batch_tokens, arguments=arguments
+    )
     if live is None:
         pairs = reference.with_reference(
             pairs,
@@ -180,12 +185,10 @@ def train_on_pairs(
             weights=weights,
             cache_dir=cache_dir,
             micro_batch_tokens=micro_batch_tokens,
-            bf16=bool(arguments["bf16"]),
+            rounding=reference.rounding_of(trainer.accelerator),
             announce=announce,
         )
-    trainer = pair_trainer(
-        lm, live, words.tokenizer, pairs.dataset, micro_batch_tokens=micro_batch_tokens, arguments=arguments
-    )
+        trainer.train_dataset = pairs.dataset
     metrics = fit(
         trainer, words.tokenizer, prepared=pairs, recipe=recipe, run_dir=run_dir, only_verify=only_verify,
         announce=announce,

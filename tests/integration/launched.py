@@ -11,6 +11,7 @@ from typing import Any
 os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+import transformers.training_args
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
@@ -23,6 +24,7 @@ def _gloo(self: Any, *args: Any, **kwargs: Any) -> tuple[str, DistributedType]:
 
 if __name__ == "__main__":
     setattr(PartialState, "_prepare_backend", _gloo)  # noqa: B010
+    setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: True)  # noqa: B010
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed.ops  # pyright: ignore[reportMissingImports]
 

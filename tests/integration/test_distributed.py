@@ -1,6 +1,7 @@
 """FSDP2 and ZeRO, two processes each, train the weights that one process trains: packs and pairs."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -67,6 +68,47 @@ def alone(
     return stage, words, root / ("apo_seed0" if stage == "apo" else stage)
 
 
+def door(engine: str, folder: Path, **settings: Any) -> list[str | Path]:
+    """The command that launches two processes, its files in `folder`."""
+    launch = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "num_processes": 2, "use_cpu": False,
+              **ENGINES[engine], **settings}  # fmt: skip
+    if "zero_optimization" in launch:
+        zero = {"zero_optimization": launch.pop("zero_optimization"), **dict.fromkeys(BATCH, "auto")}
+        zero["bf16"] = {"enabled": launch.pop("mixed_precision", "no") == "bf16"}
+        (folder / "ds.json").write_text(json.dumps(zero))
+        launch["deepspeed_config"] = {
+            "deepspeed_config_file": str(folder / "ds.json"),
+            "zero3_init_flag": False,
+        }
+    (folder / "launch.yaml").write_text(yaml.safe_dump(launch))
+    return ["accelerate", "launch", "--config_file", folder / "launch.yaml", DRIVER]
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("reference", ["cached", "live"])
+def test_preference_training_in_bf16_starts_at_its_reference(
+    chain: tuple[Path, Path], command: Command, tmp_path: Path, engine: str, reference: str
+) -> None:
+    """Policy and reference are rounded alike, and what is computed from them is not rounded at all."""
+    shutil.copytree(chain[1] / "sft", tmp_path / "sft")
+    words = [
+        "--config",
+        chain[0] / "apo.yaml",
+        *RUNS["apo"][1],
+        f"reference={reference}",
+        "--run-dir",
+        tmp_path,
+    ]
+    bf16 = ["trainer.bf16=true", "trainer.use_cpu=false"]
+    done = command(*door(engine, tmp_path, mixed_precision="bf16"), "apo", *words, *bf16)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "apo_seed0"
+    proofs = {one["name"]: one for one in json.loads((run / "verify.json").read_text())["proofs"]}
+    assert proofs["preference training starts at its reference"]["found"]["log-ratio"] < 1e-5
+    first = json.loads((run / "train_log.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(1, abs=1e-6)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_sharded_processes_train_the_weights_of_one(
     alone: tuple[str, list[str | Path], Path],
@@ -78,18 +120,7 @@ def test_sharded_processes_train_the_weights_of_one(
     stage, words, wanted = alone
     parent = RUNS[stage][0]
     shutil.copytree(chain[1] / parent, tmp_path / parent)
-    launch = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "num_processes": 2, "use_cpu": False,
-              **ENGINES[engine]}  # fmt: skip
-    if "zero_optimization" in launch:
-        settings = {"zero_optimization": launch.pop("zero_optimization"), **dict.fromkeys(BATCH, "auto")}
-        (tmp_path / "ds.json").write_text(json.dumps(settings))
-        launch["deepspeed_config"] = {
-            "deepspeed_config_file": str(tmp_path / "ds.json"),
-            "zero3_init_flag": False,
-        }
-    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(launch))
-    door = ["accelerate", "launch", "--config_file", tmp_path / "launch.yaml", DRIVER, stage]
-    done = command(*door, *words, tmp_path, "trainer.use_cpu=false")
+    done = command(*door(engine, tmp_path), stage, *words, tmp_path, "trainer.use_cpu=false")
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / wanted.name
     assert json.loads((run / "manifest.json").read_text())["num_processes"] == 2
@@ -119,6 +150,7 @@ def _share_of_head_gradient(rank: int, folder: str) -> None:
     if rank == 0:
         torch.save(whole, Path(folder) / "gradient.pt")
     dist.destroy_process_group()
+    os._exit(0)  # or threads of gloo may abort it
 
 
 def _untied() -> Any:

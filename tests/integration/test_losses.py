@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
@@ -85,11 +86,14 @@ def test_one_step_descends_the_mean_over_the_trained_tokens_of_the_global_batch(
         torch.testing.assert_close(parameter.detach(), wanted[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("attention", ["varlen", "sdpa"])
+@pytest.mark.parametrize(("attention", "lora"), [("varlen", False), ("sdpa", False), ("varlen", True)])
 def test_our_head_inside_the_forward_equals_trl_s_own(
-    build: Build, tokenizer: Any, tmp_path: Path, attention: str
+    build: Build, tokenizer: Any, tmp_path: Path, attention: str, lora: bool
 ) -> None:
     lm = build(attention=attention).train()
+    if lora:  # adapters that already say something
+        matrices = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        lm = get_peft_model(lm, matrices)
     trainer = trainer_of(lm, tokenizer, tmp_path, micro=2)
     batch = trainer.data_collator([packs()[0], packs()[1]])
     number = (batch["labels"][:, 1:] != data.IGNORED).sum()
@@ -102,7 +106,9 @@ def test_our_head_inside_the_forward_equals_trl_s_own(
         lm.zero_grad(set_to_none=True)
         loss.backward()
         found.append(loss.item())
-        gradients.append({name: one.grad.clone() for name, one in lm.named_parameters()})
+        trained = {name: one for name, one in lm.named_parameters() if one.requires_grad}
+        assert all("lora" in name for name in trained) == lora
+        gradients.append({name: one.grad.clone() for name, one in trained.items()})
     assert found[0] == pytest.approx(found[1], abs=1e-5)
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
@@ -236,7 +242,7 @@ def test_apo_zero_starts_at_exactly_one_and_its_curve_does_not_depend_on_the_cut
         live.load_state_dict(lm.state_dict())
     else:
         pairs = with_reference(
-            pairs, lm, weights="w", cache_dir=tmp_path, micro_batch_tokens=2048, bf16=False, announce=str
+            pairs, lm, weights="w", cache_dir=tmp_path, micro_batch_tokens=2048, announce=str
         )
     trainer = pair_trainer(recipe, lm, live, tokenizer, pairs.dataset, tmp_path / "run")
     trainer.train()
@@ -255,7 +261,7 @@ def test_the_reference_is_computed_once_for_all_seeds_and_anew_for_other_weights
     lm = build()
     said: list[str] = []
 
-    def reference(*, weights: str = "w", bf16: bool = False, **changes: Any) -> Any:
+    def reference(*, weights: str = "w", rounding: Any = "nothing", **changes: Any) -> Any:
         pairs = pairs_of(apo_recipe(**changes), tokenizer, tmp_path)
         return with_reference(
             pairs,
@@ -263,7 +269,7 @@ def test_the_reference_is_computed_once_for_all_seeds_and_anew_for_other_weights
             weights=weights,
             cache_dir=tmp_path,
             micro_batch_tokens=512,
-            bf16=bf16,
+            rounding=rounding,
             announce=said.append,
         )
 
@@ -283,11 +289,13 @@ def test_the_reference_is_computed_once_for_all_seeds_and_anew_for_other_weights
             assert sum(each) == pytest.approx(wanted, abs=1e-3)
     assert len(said) == 1
     reference(weights="others")
-    reference(bf16=True)
+    rounded = [by_pair(reference(rounding=one)) for one in ("products", "parameters")]
+    assert len({str(one) for one in [first, *rounded]}) == 3
+    assert str(by_pair(reference())) == str(first)  # the model's parameters are what they were
     reference(
         sources=[config.Source(name="s", generator="preference_pairs", num_rows=23)], global_batch_size=4
     )
-    assert len(said) == 4
+    assert len(said) == 5
     repeated = [config.Source(name="s", generator="preference_pairs", num_rows=24, repeat=2)]
     assert len(reference(sources=repeated).dataset) == 48
-    assert len(said) == 4
+    assert len(said) == 5

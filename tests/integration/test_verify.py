@@ -29,7 +29,7 @@ def folder(recipe_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = recipe_folder / "base.yaml"
     tree = yaml.safe_load(path.read_text())
     tree |= {"num_steps": 2, "model": tree["model"] | TINY, "num_threads": 1, "micro_batch_size": 4}
-    tree["trainer"] |= {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    tree["trainer"] |= {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
     path.write_text(yaml.safe_dump(tree))
     runs_of(recipe_folder, {"base": {}})
     return recipe_folder

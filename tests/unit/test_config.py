@@ -212,6 +212,7 @@ def test_every_owned_or_inert_trainer_key_is_a_field_of_trl() -> None:
         ("sft", {"hub_token": "secret"}, "published by hand"),
         ("sft", {"fp16": True}, "use bf16"),
         ("sft", {"save_strategy": "best"}, "no evaluation set"),
+        ("sft", {"save_total_limit": 1}, "found 1, wanted 2 or more"),
         ("apo", {"loss_type": []}, "found none, wanted one of apo_zero"),
         ("apo", {"loss_type": ["apo_zero", "sft"], "loss_weights": [1.0]}, "found 1 for 2 losses"),
         ("apo", {"beta": 0.0}, r"beta: found 0\.0, wanted more than 0"),

@@ -45,6 +45,7 @@ def test_the_recipe_s_own_keys_beat_defaults_and_trainer_block(tmp_path: Path) -
     assert (made["per_device_train_batch_size"], made["gradient_accumulation_steps"]) == (2, 2)
     assert (made["max_steps"], made["report_to"], made["bf16"]) == (2, "none", False)
     assert made["output_dir"] == str(tmp_path / "checkpoints")
+    assert (made["run_name"], made["project"]) == (tmp_path.name, tmp_path.parent.name)  # for trackers
     epochs = training.trainer_arguments(
         recipe(num_steps=None, num_epochs=2.0), run_dir=tmp_path, num_processes=1
     )
