@@ -229,9 +229,10 @@ def _as_list(value: int | list[int] | None) -> list[int]:
 
 
 def check_saved(shapes: dict[str, list[int]], folder: Path) -> None:
-    """Every parameter stands in the saved files with its shape and finite values; RuntimeError otherwise.
+    """Every parameter stands in the saved files in float32, with its shape and finite values, and no other.
 
-    `shapes` by name as before any sharding; a tied parameter is listed, and saved, once.
+    `shapes` by name as before any sharding; a tied parameter is listed, and saved, once. RuntimeError
+    otherwise.
     """
     from safetensors import safe_open
 
@@ -241,11 +242,14 @@ def check_saved(shapes: dict[str, list[int]], folder: Path) -> None:
             for name in file.keys():  # noqa: SIM118  not a mapping
                 tensor = file.get_tensor(name)
                 saved[name] = list(tensor.shape)
+                if tensor.dtype != torch.float32:
+                    raise RuntimeError(f"{folder}: {name} was saved as {tensor.dtype}, wanted torch.float32")
                 if not torch.isfinite(tensor).all():
                     raise RuntimeError(f"{folder}: {name} has values that are not finite: training diverged")
-    for name, shape in shapes.items():
-        if saved.get(name) != shape:
-            raise RuntimeError(f"{folder}: {name} was saved as {saved.get(name)}, wanted {shape}")
+    for name in shapes | saved:
+        if saved.get(name) != shapes.get(name):
+            found, wanted = saved.get(name), shapes.get(name)
+            raise RuntimeError(f"{folder}: {name} was saved as {found}, wanted {wanted}")
 
 
 def safetensors_files(folder: Path) -> list[Path]:

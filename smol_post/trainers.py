@@ -35,6 +35,8 @@ FEW_LOGITS = 2**20
 # accelerate asks twice a step whether an optimiser is installed, and searches sys.path for it each time.
 accelerate.optimizer.is_lomo_available = functools.cache(accelerate.optimizer.is_lomo_available)
 
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
 
 def add_scoring(lm: PreTrainedModel) -> None:
     """Let lm(..., scored_labels=labels_BT) return the scores of trained tokens instead of logits (in place).
@@ -145,12 +147,42 @@ class Exact:
         self.learning_rate = self._get_learning_rate()  # type: ignore[attr-defined]
         return self.grad_norm
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The model as it is loaded again: whole, in float32, each tensor once, however training shards it.
+
+        TRL's own way for checkpoints on the way, which engines resume from.
+        """
+        if _internal_call or self.accelerator.distributed_type not in _SHARDED:  # type: ignore[attr-defined]
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        else:
+            self._save(output_dir, state_dict=_whole_state(self.accelerator, self.model_wrapped))  # type: ignore[attr-defined]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does, the values of a step beside what the instruments measure."""
         if "loss" in logs:
             self._metrics["train"].pop("num_tokens", None)  # type: ignore[attr-defined]  # not kept by a resume
             logs = {**self.gauges(), **logs}
         super().log(logs, start_time)  # type: ignore[misc]
+
+
+def _whole_state(accelerator: Any, model: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a sharded model on the CPU of the main process; takes part in every process."""
+    lm = accelerator.unwrap_model(model)
+    once = dict(lm.named_parameters())
+    tied = dict(lm.named_parameters(remove_duplicate=False)).keys() - once.keys()
+    if accelerator.distributed_type == DistributedType.FSDP:
+        state = accelerator.get_state_dict(model)
+        return {name: tensor for name, tensor in state.items() if name not in tied}
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    state = {name: tensor for name, tensor in lm.state_dict().items() if name not in once.keys() | tied}
+    for name, parameter in once.items():
+        tensor: Any = safe_get_full_fp32_param(
+            parameter
+        )  # what the optimiser updates; the model's is rounded
+        if accelerator.is_main_process:
+            state[name] = tensor.float().cpu()
+    return state
 
 
 def _train(lm: PreTrainedModel, mode: bool = True) -> PreTrainedModel:

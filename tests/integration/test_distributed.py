@@ -33,7 +33,7 @@ ENGINES: dict[str, dict[str, Any]] = {
             "fsdp_version": 2,
             "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "fsdp_reshard_after_forward": True,
-            "fsdp_state_dict_type": "FULL_STATE_DICT",
+            "fsdp_state_dict_type": "SHARDED_STATE_DICT",  # as `accelerate config` proposes
         },
     },
     "zero2": {
@@ -105,6 +105,8 @@ def test_preference_training_in_bf16_starts_at_its_reference(
     run = tmp_path / "apo_seed0"
     proofs = {one["name"]: one for one in json.loads((run / "verify.json").read_text())["proofs"]}
     assert proofs["preference training starts at its reference"]["found"]["log-ratio"] < 1e-5
+    weights = load_file(run / "model.safetensors").values()
+    assert any((one != one.bfloat16()).any() for one in weights)  # what the optimiser updates, not its copy
     first = json.loads((run / "train_log.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(1, abs=1e-6)
 
@@ -127,6 +129,7 @@ def test_sharded_processes_train_the_weights_of_one(
     found, one = load_file(run / "model.safetensors"), load_file(wanted / "model.safetensors")
     start = load_file(tmp_path / parent / "model.safetensors")
     assert max((one[name] - start[name]).abs().max().item() for name in one) > 5e-3
+    assert found.keys() == one.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
 
