@@ -296,13 +296,16 @@ def accumulation_does_not_change_the_step(look: Rehearsal) -> Found:
 def numbers_are_kept_in_full_precision(look: Rehearsal) -> Found:
     """Trained parameters and their gradients are float32, none is missing; so is the optimiser's state.
 
-    Gradients are those of the proof before. The real optimiser makes a step on one parameter, with gradient
-    and learning rate 0, which is then forgotten.
+    Of ZeRO: the weights that its optimiser updates. Else gradients are those of the proof before, and the
+    real optimiser makes a step on one parameter, with gradient and learning rate 0, which is then forgotten.
     """
     parameters = look.parameters()
+    if look.zero:  # whose model may have rounded copies, and which keeps gradients to itself
+        inner = look.model.optimizer
+        parts = getattr(inner, "single_partition_of_fp32_groups", None) or inner.fp32_partitioned_groups_flat
+        updated, full = _types(parts), {"float32": len(parts)}
+        return Found({"what is updated": updated}, {"what is updated": full}, updated == full)
     types: dict[str, Any] = {"parameters": _types(parameters)}
-    if look.zero:
-        raise NotRun(f"ZeRO keeps float32 weights, gradients and state to itself; the model has {types}")
     types["gradients"] = _types([one.grad for one in parameters])
     wanted: dict[str, Any] = {key: {"float32": len(parameters)} for key in types}
     types["state"] = wanted["state"] = _state_types(look)
@@ -390,7 +393,7 @@ PROOFS: dict[Callable[[Rehearsal], Found], str] = {
     documents_do_not_see_each_other: "choose another attention, and report this one",
     the_loss_is_that_of_each_document_alone: "choose another attention, and report this one",
     accumulation_does_not_change_the_step: "report this, with verify.json",
-    numbers_are_kept_in_full_precision: "load weights in float32; for speed, set trainer.bf16",
+    numbers_are_kept_in_full_precision: "load (ZeRO: update) weights in float32; for speed, set trainer.bf16",
     preference_training_starts_at_its_reference: "remove the cache beside the runs, or set reference: live",
 }
 

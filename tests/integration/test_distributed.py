@@ -111,6 +111,22 @@ def test_preference_training_in_bf16_starts_at_its_reference(
     assert first["loss"] == pytest.approx(1, abs=1e-6)
 
 
+def test_weights_that_zero_updates_in_bf16_are_refused(
+    chain: tuple[Path, Path], command: Command, tmp_path: Path
+) -> None:
+    shutil.copytree(chain[1] / "sft", tmp_path / "sft")
+    launch = door("zero3", tmp_path, mixed_precision="bf16")
+    settings = json.loads((tmp_path / "ds.json").read_text())
+    settings["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    words = ["--config", chain[0] / "apo.yaml", *RUNS["apo"][1], "--run-dir", tmp_path]
+    done = command(*launch, "apo", *words, "trainer.bf16=true", "trainer.use_cpu=false")
+    assert (
+        'refused: verify: it is not true that numbers are kept in full precision: found {"what' in done.stderr
+    )
+    assert not (tmp_path / "apo_seed0" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_sharded_processes_train_the_weights_of_one(
     alone: tuple[str, list[str | Path], Path],
