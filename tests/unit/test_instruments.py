@@ -96,7 +96,6 @@ class Run:
             weights="a",
             cache_dir=self.folder / "cache",
             micro_batch_tokens=400,
-            bf16=False,
             announce=str,
         )
         return training.pair_trainer(
