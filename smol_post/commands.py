@@ -1,11 +1,12 @@
 """The commands over a whole recipe folder: run, evals, report, check."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from smol_post import config, manifest, runner
-from smol_post.plan import check_names, default_run_root, make_plan, say
-from smol_post.refusal import Refusal, did_you_mean
+from smol_post.plan import Job, check_names, default_run_root, make_plan, say
+from smol_post.refusal import Failure, Refusal, did_you_mean
 from smol_post.runner import EXIT_OK, Parser, refuse
 
 
@@ -27,19 +28,42 @@ def run(argv: list[str]) -> int:
     folder = Path(arguments.recipe)
     try:
         plan = make_plan(folder, run_root=arguments.run_dir, arguments=[])
-        load_evals(folder)
+        suite = load_evals(folder)
         jobs = plan.jobs
         if arguments.until is not None:
             names = [job.name for job in jobs]
             if arguments.until not in names:
                 raise Refusal(f"--until {arguments.until}: no such run{did_you_mean(arguments.until, names)}")
             jobs = jobs[: names.index(arguments.until) + 1]
+        for job in jobs:
+            if getattr(job.recipe, "gates", None) and suite is None:
+                raise Refusal(
+                    f"{job.recipe_file}: gates: pipeline.yaml names no evals that would measure them; "
+                    "add evals: evals.yaml"
+                )
     except Refusal as refusal:
         return refuse(refusal)
-    code = runner.execute_all(jobs, separate=True)
+
+    def after(job: Job) -> int:
+        from smol_post import evals as stage
+
+        try:
+            if suite is not None:
+                stage.hold(suite, plan.jobs, job)
+        except Refusal as refusal:
+            return refuse(refusal)
+        except Failure as failure:
+            say(f"failed: {failure}", error=True)
+            report(rest)
+            return runner.EXIT_FAILED
+        except KeyboardInterrupt:
+            return runner.EXIT_INTERRUPTED
+        return EXIT_OK
+
+    rest = [arguments.recipe, *(["--run-dir", str(arguments.run_dir)] if arguments.run_dir else [])]
+    code = runner.execute_all(jobs, separate=True, after=after)
     if code or arguments.until:
         return code
-    rest = [arguments.recipe, *(["--run-dir", str(arguments.run_dir)] if arguments.run_dir else [])]
     if config.load_pipeline(folder).evals and (code := evals(rest)):
         return code
     code = report(rest)
@@ -96,6 +120,28 @@ def report(argv: list[str]) -> int:
     except Refusal as refusal:
         return refuse(refusal)
     say(f"report: {page}")
+    return EXIT_OK
+
+
+def compare(argv: list[str]) -> int:
+    """Print two runs side by side: recipe, training, evals."""
+    parser = Parser(prog="smol-post compare", description="Two runs side by side.", allow_abbrev=False)
+    parser.add_argument(
+        "runs", nargs=2, type=Path, metavar="RUN", help="a run directory, such as runs/tiny/sft"
+    )
+    try:
+        from smol_post.points import read_points
+        from smol_post.report import compare_table, to_text
+
+        points = []
+        for folder in parser.parse_args(argv).runs:
+            if not manifest.is_whole(folder):
+                raise Refusal(f"{folder}: no whole run; give a run directory such as runs/tiny/sft")
+            *_, point = read_points(folder.parent, [folder.name])
+            points.append(replace(point, name=str(folder)))
+        say(to_text(compare_table(*points)))
+    except Refusal as refusal:
+        return refuse(refusal)
     return EXIT_OK
 
 

@@ -9,7 +9,7 @@ takes any field of the pinned TRL configuration by its own name.
 """
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -80,7 +80,36 @@ class Source(Strict):
         return self
 
 
-class Training(Strict):
+class Bound(Strict):
+    """What a metric must be: at least `min`, at most `max`."""
+
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Bound":
+        if self.min is None and self.max is None:
+            raise ValueError("give 'min', 'max' or both")
+        return self
+
+    def holds(self, value: float | None) -> bool:
+        """Whether a measured value lies within; what was not measured does not.
+
+        >>> Bound(min=0.5).holds(0.5), Bound(min=0.5, max=0.9).holds(0.95), Bound(min=0.5).holds(None)
+        (True, False, False)
+        """
+        if value is None:
+            return False
+        return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
+
+
+class Made(Strict):
+    """Any run: `gates` says what its checkpoint must show, in metrics of the pipeline's evals."""
+
+    gates: dict[str, Bound] = {}
+
+
+class Training(Made):
     """What every training stage has in common."""
 
     seed: int = 0
@@ -232,15 +261,43 @@ class ApoRecipe(Training):
         return self
 
 
-class MergeRecipe(Strict):
-    """A uniform soup of all parents but the last, then a linear merge with the last (long context)."""
+class MergeGate(Strict):
+    """How a sweep chooses: the highest `recover` among candidates that lose little of each metric of `keep`.
+
+    suite: an evals recipe, asked with a seed that no report uses. keep: points (hundredths) that a metric may
+    be below the soup's.
+    """
+
+    suite: str
+    seed: int = 2_000_000
+    recover: str
+    keep: dict[str, float] = {}
+
+
+class MergeRecipe(Made):
+    """A uniform soup of all parents but the last, then a linear merge with the last (long context).
+
+    soup_weight: of the soup. Or `weights`, of the long-context checkpoint, from which `gate` chooses.
+    """
 
     stage: Literal["merge"]
     seed: int = 0
     soup_weight: float = Field(default=0.9, gt=0, le=1)
+    weights: list[Annotated[float, Field(ge=0, lt=1)]] | None = Field(default=None, min_length=2)
+    gate: MergeGate | None = None
     dtype: Literal["float32"] = "float32"
     out_dtype: Literal["float32", "bfloat16", "parent"] = "parent"
     out_shard_size: int = Field(default=500_000_000, gt=0)
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> "MergeRecipe":
+        if (self.weights is None) != (self.gate is None):
+            raise ValueError("give both 'weights' and 'gate', or neither")
+        if self.weights and "soup_weight" in self.model_fields_set:
+            raise ValueError("soup_weight: the gate chooses from 'weights'; give one or the other")
+        if len(set(self.weights or [])) != len(self.weights or []):
+            raise ValueError("weights: one is given twice; remove it")
+        return self
 
 
 class EvalsRecipe(Strict):

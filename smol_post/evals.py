@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smol_post import export, manifest
-from smol_post.config import EvalsRecipe
+from smol_post.config import EvalsRecipe, Made
 from smol_post.plan import Job, say
-from smol_post.refusal import Refusal
+from smol_post.refusal import Failure, Refusal, did_you_mean
 from smol_post.runner import interrupt_on_sigterm
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ _CODE = (
     "model.py",
     "export.py",
 )
-_WITHOUT_YARN = {"yarn_context": None, "yarn_needle_tokens": []}
+WITHOUT_YARN = {"yarn_context": None, "yarn_needle_tokens": []}
 
 
 def checkpoints(jobs: Sequence[Job]) -> Iterator[tuple[str, str, Path, str]]:
@@ -54,12 +54,14 @@ def checkpoints(jobs: Sequence[Job]) -> Iterator[tuple[str, str, Path, str]]:
         yield job.name, job.recipe.stage, job.run_dir, manifest.read_manifest(job.run_dir)["digest"]
 
 
-def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job]) -> None:
-    """Measure what has no valid result yet; one line and one file a checkpoint, as each is done."""
+def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job], *, only: str | None = None) -> None:
+    """Measure what has no valid result yet (`only` this run); one line and one file a checkpoint."""
     code = [resources.files("smol_post").joinpath(name).read_text() for name in _CODE]
     todo: list[tuple[Path, EvalsRecipe, Path, dict[str, Any]]] = []
     for name, stage, folder, digest in checkpoints(jobs):
-        ours = recipe if folder == jobs[-1].run_dir else recipe.model_copy(update=_WITHOUT_YARN)
+        if only not in (None, name):
+            continue
+        ours = recipe if folder == jobs[-1].run_dir else recipe.model_copy(update=WITHOUT_YARN)
         suite = manifest.digest_tree({"recipe": ours.model_dump(), "code": code})
         about = {"run": name, "stage": stage, "checkpoint_digest": digest, "suite_digest": suite}
         path = jobs[0].run_dir.parent / "evals" / f"{name}.json"
@@ -73,6 +75,40 @@ def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job]) -> None:
     if num_workers < 2 or not at_once(measure, todo[::-1], num_workers=num_workers):
         for one in todo:
             say(measure(*one))
+
+
+def hold(recipe: EvalsRecipe, jobs: Sequence[Job], job: Job) -> None:
+    """Measure a run that has gates and write down how it does: `evals/gates_<run>.json`.
+
+    Raises Failure with the numbers where it falls short, Refusal where nothing measures a gate.
+    """
+    gates = job.recipe.gates if isinstance(job.recipe, Made) else {}
+    path = job.run_dir.parent / "evals" / f"{manifest.GATES}_{job.name}.json"
+    if not gates:
+        path.unlink(missing_ok=True)
+        return
+    where = f"{job.recipe_file}: gates"
+    evaluate_all(recipe, jobs, only=job.name)
+    result = manifest.read_json(path.with_name(f"{job.name}.json"))
+    short, found = list[str](), dict[str, Any]()
+    for name, bound in gates.items():
+        if name not in result["metrics"]:
+            hint = did_you_mean(name, list(result["metrics"]))
+            raise Refusal(f"{where}.{name}: was not measured on {job.name}{hint}")
+        metric = result["metrics"][name]
+        found[name] = bound.model_dump() | metric | {"passed": bound.holds(metric["value"])}
+        wanted = " and ".join(
+            f"{word} {limit:g}"
+            for word, limit in (("at least", bound.min), ("at most", bound.max))
+            if limit is not None
+        )
+        if not found[name]["passed"]:
+            short.append(f"{name} is {metric['value']:g} +- {metric['stderr']:g}, wanted {wanted}")
+    about = {"digest": result["checkpoint_digest"], "passed": not short, "gates": found}
+    manifest.write_json(path, about | {"short": short})
+    if short:
+        raise Failure(f"{job.name} falls short: {'; '.join(short)}; the run is kept, the chain stops here")
+    say(f"{job.name}: passed {len(found)} gates")
 
 
 def at_once(call: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *, num_workers: int) -> bool:

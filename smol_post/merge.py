@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smol_post import manifest, runner
-from smol_post.config import MergeRecipe
-from smol_post.refusal import Refusal
+from smol_post import config, manifest, runner
+from smol_post.config import EvalsRecipe, MergeGate, MergeRecipe
+from smol_post.refusal import Refusal, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -58,22 +58,74 @@ def run(recipe: MergeRecipe, parents: list[runner.Parent], job: runner.Job) -> d
             f"{long_context.path} is of stage {long_context.stage}; the last parent is long_context"
         )
     check_alike([one.folder for one in parents], [one.path for one in parents])
-    soup_dir = job.run_dir / manifest.SOUP
-    shutil.rmtree(soup_dir, ignore_errors=True)
+    soup_dir, final = job.run_dir / manifest.SOUP, job.run_dir / "merged.part"
+    for folder in (soup_dir, final):
+        shutil.rmtree(folder, ignore_errors=True)
     equal = [1 / len(soup)] * len(soup)
-    job.announce(f"soup of {len(soup)} checkpoints, then {recipe.soup_weight:g} soup")
     folders = [one.folder for one in soup]
     out_dtype = _out_dtype(folders[0], recipe.out_dtype)
+    job.announce(f"soup of {len(soup)} checkpoints")
     soup_error = linear(folders, equal, soup_dir, recipe=recipe, out_dtype="float32")
-    weights = [recipe.soup_weight, 1 - recipe.soup_weight]
-    final = job.run_dir / "merged.part"
-    shutil.rmtree(final, ignore_errors=True)
+    candidates: list[dict[str, Any]] = []
+    long_weight = 1 - recipe.soup_weight
+    if recipe.weights and recipe.gate:
+        candidates = sweep(recipe, recipe.gate, [soup_dir, long_context.folder], out_dtype=out_dtype, job=job)
+        long_weight = choose(candidates, recipe.gate)["weight"]
+    weights = [1 - long_weight, long_weight]
+    job.announce(f"{weights[0]:g} soup, {weights[1]:g} long context")
     error = linear([soup_dir, long_context.folder], weights, final, recipe=recipe, out_dtype=out_dtype)
     for path in final.iterdir():
         path.replace(job.run_dir / path.name)
     final.rmdir()
     model.load_model(job.run_dir, attn_implementation="sdpa")
-    return {"data": None, "metrics": {"max_error": error, "soup_max_error": soup_error, "weights": weights}}
+    metrics: dict[str, Any] = {"max_error": error, "soup_max_error": soup_error, "weights": weights}
+    return {"data": None, "metrics": metrics | ({"sweep": candidates} if candidates else {})}
+
+
+def sweep(
+    recipe: MergeRecipe, gate: MergeGate, folders: Sequence[Path], *, out_dtype: str, job: runner.Job
+) -> list[dict[str, Any]]:
+    """Merge and measure a candidate of each weight, the soup (0) first; {"weight", "metrics"} of each.
+
+    One candidate is on disk at a time.
+    """
+    from smol_post import evals
+
+    suite = config.load_recipe(job.recipe_file.parent / gate.suite)
+    assert isinstance(suite, EvalsRecipe)  # `plan.check_names`
+    suite = suite.model_copy(update={"seed": gate.seed, "num_samples": 0, **evals.WITHOUT_YARN})
+    candidates: list[dict[str, Any]] = []
+    weights: set[float] = {0.0, *(recipe.weights or [])}
+    for weight in sorted(weights):
+        place = job.run_dir / "candidate.part"
+        shutil.rmtree(place, ignore_errors=True)
+        linear(folders, [1 - weight, weight], place, recipe=recipe, out_dtype=out_dtype)
+        metrics, _ = evals.evaluate(place, suite)
+        candidates.append({"weight": weight, "metrics": metrics})
+        shutil.rmtree(place)
+        for name in (gate.recover, *gate.keep):
+            if name not in metrics:
+                hint = did_you_mean(name, list(metrics))
+                raise Refusal(f"{job.recipe_file}: gate: {gate.suite} measures no '{name}'{hint}")
+        said = "  ".join(f"{name} {metrics[name]['value']:.3f}" for name in (gate.recover, *gate.keep))
+        job.announce(f"weight {weight:g}: {said}")
+    return candidates
+
+
+def choose(candidates: Sequence[dict[str, Any]], gate: MergeGate) -> dict[str, Any]:
+    """The candidate that recovers most of those that keep enough; each is marked "keeps" and "chosen".
+
+    The first one, the soup, keeps everything. Of two that recover as much, the smaller weight.
+    """
+    values = [{name: one["value"] for name, one in each["metrics"].items()} for each in candidates]
+    for each, value in zip(candidates, values, strict=True):
+        floors = {name: values[0][name] - points / 100 for name, points in gate.keep.items()}
+        each["keeps"] = all(value[name] >= floor - 1e-9 for name, floor in floors.items())
+        each["chosen"] = False
+    kept = [at for at, each in enumerate(candidates) if each["keeps"]]
+    best = candidates[max(kept, key=lambda at: (values[at][gate.recover], -candidates[at]["weight"]))]
+    best["chosen"] = True
+    return best
 
 
 def check_alike(folders: Sequence[Path], names: Sequence[str]) -> None:

@@ -139,6 +139,11 @@ def check_names(recipe: config.Recipe, path: Path) -> None:
     template = getattr(recipe, "chat_template", None)
     if template is not None:
         chat.load_template(template, folder=path.parent)
+    if isinstance(recipe, config.MergeRecipe) and recipe.gate:
+        suite = path.parent / recipe.gate.suite
+        if not isinstance(inner := config.load_recipe(suite), config.EvalsRecipe):
+            raise Refusal(f"{path}: gate.suite: {suite} is of stage {inner.stage}, wanted evals")
+        check_names(inner, suite)
     options = [(one.generator, one.options) for one in getattr(recipe, "sources", []) if one.generator]
     if isinstance(recipe, config.EvalsRecipe):
         options += [
@@ -172,6 +177,7 @@ def resolve_parent(job: Job, path: str) -> Parent:
         if not manifest.is_whole(root):
             raise Refusal(f"{job.run_dir}: parent {path} is not whole; {_how_to_make(job, root.name)}")
         found = manifest.verify(root)
+        _check_gates(job, root, found["digest"])
         if folder.resolve() == root.resolve():
             return Parent(path, root.resolve(), found["digest"], found["stage"])
         return Parent(path, folder.resolve(), _folder_digest(path, folder), found["stage"])
@@ -187,6 +193,17 @@ def resolve_parent(job: Job, path: str) -> Parent:
         )
     folder = hub.checkpoint(path)
     return Parent(path, folder, f"hub:{path.partition('@')[0]}@{folder.name}", None)
+
+
+def _check_gates(job: Job, root: Path, digest: str) -> None:
+    """Refuse a parent that was found to fall short of its gates."""
+    path = root.parent / "evals" / f"{manifest.GATES}_{root.name}.json"
+    found = manifest.read_json(path) if path.is_file() else {}
+    if found.get("digest") == digest and not found["passed"]:
+        raise Refusal(
+            f"{job.run_dir}: parent ../{root.name} falls short: {'; '.join(found['short'])}; mend its "
+            f"recipe, or its gates and type smol-post run {job.recipe_file.parent}"
+        )
 
 
 def _folder_digest(path: str, folder: Path) -> str:

@@ -70,6 +70,21 @@ def draw_modes(axes: Any, points: list[Point]) -> bool:
     return bool(points)
 
 
+def draw_sweep(axes: Any, runs: list[Point]) -> bool:
+    """Metrics of merges by the weight of the long-context checkpoint; a vertical line at the chosen one."""
+    sweeps = [sweep for run in runs if (sweep := (run.manifest.get("metrics") or {}).get("sweep"))]
+    for sweep in sweeps[:1]:
+        weights = [one["weight"] for one in sweep]
+        for index, name in enumerate(name for name in sweep[0]["metrics"] if not name.startswith("mode")):
+            values, errors = ([one["metrics"][name][key] for one in sweep] for key in ("value", "stderr"))
+            axes.errorbar(
+                weights, values, errors, label=name, color=SERIES[index % 8], marker="osD^vP*X"[index % 8]
+            )
+        axes.axvline(next(one["weight"] for one in sweep if one["chosen"]), color=INK, lw=0.8, ls=":")
+    axes.set(ylim=(0, 1.03), xlabel="weight of the long-context checkpoint", ylabel="accuracy")
+    return bool(sweeps)
+
+
 def plot(draw: Callable[[Any, list[Point]], bool], points: list[Point], name: str) -> str:
     """An SVG to set into a page, in the page's colours and font; "" where there is nothing to draw."""
     import matplotlib.style

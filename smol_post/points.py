@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Point:
     log: list[dict[str, Any]]
     stage: str
     parents: dict[str, str]  # name -> digest as recorded
+    gated: dict[str, Any] = field(default_factory=dict)  # what became of the gates, if they were measured
 
     @property
     def note(self) -> str:
@@ -59,7 +60,9 @@ def read_points(run_root: Path, runs: Sequence[str]) -> list[Point]:
         log = _read_log(run_root / name / "train_log.jsonl") if manifest else []
         parents = {Path(p["path"]).name: p.get("digest") or "" for p in manifest.get("parents") or []}
         stage = manifest.get("stage") or evals.get("stage") or ""
-        points.append(Point(name, True, manifest, evals, log, stage, parents))
+        gated = _read_json(run_root / "evals" / f"gates_{name}.json")
+        gated = gated if gated.get("digest") == manifest.get("digest") else {}
+        points.append(Point(name, True, manifest, evals, log, stage, parents, gated))
     return points
 
 

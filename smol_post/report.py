@@ -5,7 +5,7 @@
       | read_points    a Point for each run, in the order given; merge_soup stands before merge
       | ..._table      every number becomes a Cell once, and both files print the same cells
       | draw_...       matplotlib -> inline SVG whose colours are CSS variables (dark mode)
-      v report.html, report.md
+      v report.html, report.md, metrics.json
 
 Nothing is guessed: a run without manifest is "not run", a metric that was not measured is a dash, and evals
 of a checkpoint that is no longer there are marked and never called best.
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smol_post.plots import draw_loss, draw_modes, draw_needle, plot
+from smol_post.plots import draw_loss, draw_modes, draw_needle, draw_sweep, plot
 from smol_post.points import GROUPS, Point, metric_names, rank_metric, read_points
 from smol_post.refusal import Refusal
 
@@ -35,6 +35,7 @@ PURPOSE = {
 }
 LOWER_IS_BETTER = ("perplexity", "loss", "nll")
 SAMPLES_PER_MODE = 2
+LIMITS = {"min": "at least", "max": "at most"}
 DASH, PLUS_MINUS = "\u2013", "\u00b1"
 
 
@@ -140,6 +141,46 @@ def work_table(runs: list[Point]) -> Table:
     return Table(["run", *of_data, *of_metrics, "time"], rows)
 
 
+def gates_table(runs: list[Point]) -> Table:
+    """What recipes demand of their checkpoints, and what these showed."""
+    rows = []
+    for run in runs:
+        gates = run.gated.get("gates") or (run.manifest.get("recipe") or {}).get("gates") or {}
+        for position, (name, gate) in enumerate(gates.items()):
+            limits = [f"{word} {number(gate[key])}" for key, word in LIMITS.items() if gate[key] is not None]
+            measured = gate.get("value") is not None
+            verdict = ("passed" if gate["passed"] else "failed") if measured else "not measured"
+            found = Cell(
+                number(gate.get("value")), f"{PLUS_MINUS} {number(gate['stderr'])}" if measured else ""
+            )
+            rows.append(
+                [
+                    Cell("" if position else run.name),
+                    Cell(name),
+                    Cell(verdict),
+                    Cell(" and ".join(limits)),
+                    found,
+                ]
+            )
+    return Table(["run", "metric", "gate", "wanted", "found"], rows, num_text_columns=4)
+
+
+def sweep_table(runs: list[Point]) -> Table:
+    """The candidates of merges, by the weight of the long-context checkpoint; the chosen one is marked."""
+    sweeps = [(run, one) for run in runs for one in (run.manifest.get("metrics") or {}).get("sweep") or []]
+    names = list(dict.fromkeys(name for _, one in sweeps for name in one["metrics"]))
+    rows = []
+    for run, one in sweeps:
+        verdict = "chosen" if one["chosen"] else "" if one["keeps"] else "loses too much"
+        cells = [_measured(one["metrics"].get(name)) for name in names]
+        rows.append([Cell(f"{run.name} {one['weight']:g}", verdict), *cells])
+    return Table(["long-context weight", *names], rows)
+
+
+def _measured(metric: dict[str, float] | None) -> Cell:
+    return Cell(number(metric["value"]), f"{PLUS_MINUS} {number(metric['stderr'])}") if metric else Cell(DASH)
+
+
 def ledger_table(runs: list[Point], kind: str) -> Table:
     """Documents and tokens of each run by source or by mode."""
     rows = []
@@ -171,13 +212,89 @@ def summary(points: list[Point]) -> str:
     text = f"{len(runs) - len(missing)} of {len(runs)} runs are whole: {number(tokens)} tokens"
     text += f" in {duration(sum(p.manifest.get('seconds') or 0 for p in runs))}."
     text += f" Not run: {', '.join(missing)}." if missing else ""
-    needles = [name for name in metric_names(points) if rank_metric(name)[0] == 0]
+    needles = [n for n in metric_names(points) if rank_metric(n)[0] == 0 and _number_measured(points, n) > 1]
     for name in [*needles[-1:], "think_greedy", "no_think_greedy", "preference_accuracy"]:
         known = {p.name: value for p in points if not p.note and (value := p.metric(name)) is not None}
         ends = {*list(known)[:1], *list(known)[-1:], max(known, key=known.__getitem__, default="")}
         said = [f"{number(value)} ({where})" for where, value in known.items() if where in ends]
         text += f" {name.replace('_', ' ').capitalize()}: {', '.join(said)}." if said else ""
     return text
+
+
+def _number_measured(points: list[Point], name: str) -> int:
+    return sum(point.metric(name) is not None for point in points)
+
+
+def compare_table(left: Point, right: Point) -> Table:
+    """Two runs side by side: where recipes differ (of two stages: in keys of both), training, evals.
+
+    A difference of metrics is given in standard errors, as if the two were measured on other questions.
+    """
+    recipes = [_leaves(one.manifest.get("recipe") or {}) for one in (left, right)]
+    keys = [one.keys() for one in recipes]
+    rows = [
+        [Cell("recipe"), Cell(key), *(Cell(number(one.get(key))) for one in recipes), Cell("")]
+        for key in sorted(keys[0] | keys[1] if left.stage == right.stage else keys[0] & keys[1])
+        if recipes[0].get(key) != recipes[1].get(key)
+    ]
+    counted = ("num_tokens_seen", "num_trained_tokens_seen", "num_steps", "train_loss", "last_loss")
+    for key in counted:
+        values = [(one.manifest.get("metrics") or {}).get(key) for one in (left, right)]
+        if values != [None, None]:
+            rows.append([Cell("training"), Cell(key), *map(Cell, map(number, values)), Cell("")])
+    for name in metric_names([left, right]):
+        cells, (a, b) = [], ([one.metric(name, key) for key in ("value", "stderr")] for one in (left, right))
+        for value, error in (a, b):
+            cells.append(Cell(number(value), f"{PLUS_MINUS} {number(error)}" if error is not None else ""))
+        text = ""
+        if a[0] is not None and b[0] is not None:
+            change, spread = b[0] - a[0], math.hypot(a[1] or 0, b[1] or 0)
+            text = f"{change:+.3f}" + (f" ({abs(change) / spread:.1f} errors)" if spread else "")
+        rows.append([Cell("evals"), Cell(name), *cells, Cell(text)])
+    return Table(["", "", left.name, right.name, "difference"], rows, num_text_columns=2)
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists by position."""
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        inner = isinstance(value, dict | list) and value
+        found |= _leaves(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return found
+
+
+def to_text(table: Table) -> str:
+    """Columns for a terminal."""
+    rows = [table.columns, *([f"{cell.text} {cell.small}".strip() for cell in row] for row in table.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if at < table.num_text_columns else text.rjust(width)
+            for at, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def metrics_tree(points: list[Point]) -> list[dict[str, Any]]:
+    """What the page says, for programs: a checkpoint each, in the order of the chain."""
+    return [
+        {
+            "name": point.name,
+            "stage": point.stage,
+            "note": point.note,
+            "digest": point.evals.get("checkpoint_digest") or point.manifest.get("digest"),
+            "parents": point.parents,
+            "seed": point.manifest.get("seed"),
+            "seconds": point.manifest.get("seconds"),
+            "data": point.counts(),
+            "training": point.manifest.get("metrics") or {},
+            "evals": point.evals.get("metrics") or {},
+            "gates": point.gated.get("gates") or {},
+        }
+        for point in points
+    ]
 
 
 def samples(point: Point) -> list[dict[str, Any]]:
@@ -215,7 +332,7 @@ def _markdown(text: str) -> str:
 
 
 def write_report(run_root: Path, *, runs: Sequence[str]) -> tuple[Path, Path]:
-    """Write report.html and report.md beside the runs; `runs` in the order of the chain."""
+    """Write report.html, report.md and metrics.json beside the runs; `runs` in the order of the chain."""
     import jinja2
 
     points = read_points(run_root, runs)
@@ -228,9 +345,11 @@ def write_report(run_root: Path, *, runs: Sequence[str]) -> tuple[Path, Path]:
     plots = {
         "Needle retrieval by length": plot(draw_needle, measured, "needle"),
         "Thinking against not thinking": plot(draw_modes, measured, "modes"),
+        "Merge sweep": plot(draw_sweep, chain, "sweep"),
     }
     tables = {
         "The chain": chain_table(chain), "What each checkpoint can do": metric_table(points),
+        "Gates": gates_table(chain), "Merge sweep": sweep_table(chain),
         "What each run consumed": work_table(chain), "Data by source": ledger_table(chain, "source"),
         "Data by mode": ledger_table(chain, "mode"), **origin_tables(chain),
     }  # fmt: skip
@@ -244,10 +363,12 @@ def write_report(run_root: Path, *, runs: Sequence[str]) -> tuple[Path, Path]:
               "dash": DASH, "samples": samples, "duration": duration, "short": short, "dump": json.dumps}
     # fmt: on
     parts = [f"# {_markdown(title)}", _markdown(said)]
-    parts += [f"## {name}\n\n{to_markdown(table)}" for name, table in tables.items()]
+    parts += [f"## {name}\n\n{to_markdown(table)}" for name, table in tables.items() if table.rows]
     parts += ["## Make it again\n\n```sh\n" + "\n".join(typed) + "\n```\n"]
     paths = (run_root / "report.html", run_root / "report.md")
-    for path, text in zip(paths, (page.render(values), "\n\n".join(parts)), strict=True):
+    machine = json.dumps({"title": title, "checkpoints": metrics_tree(points)}, indent=2) + "\n"
+    texts = (page.render(values), "\n\n".join(parts), machine)
+    for path, text in zip((*paths, run_root / "metrics.json"), texts, strict=True):
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)

@@ -21,6 +21,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
@@ -60,13 +61,15 @@ def fingerprint(job: Job, parents: list[Parent]) -> str:
     template = recipe.get("chat_template")
     if template and template.endswith(".jinja"):
         files["template"] = manifest.digest_file(config.local_path(template, job.recipe_file.parent))
+    if recipe.get("gate"):
+        files["suite"] = manifest.digest_file(job.recipe_file.parent / recipe["gate"]["suite"])
     content = {"stage": job.recipe.stage, "recipe": recipe, "parents": [one.digest for one in parents]}
     return manifest.digest_tree({**content, "files": sorted(files.values()), "smol_post": _version()})
 
 
 def _deciding(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without `verify`: what is proved about a run does not change it."""
-    return {key: value for key, value in recipe.items() if key != "verify"}
+    """A recipe without `verify` and `gates`: what is proved and demanded of a run does not change it."""
+    return {key: value for key, value in recipe.items() if key not in ("verify", "gates")}
 
 
 def _version() -> str:
@@ -276,14 +279,14 @@ def refuse(refusal: Refusal) -> int:
     return EXIT_REFUSED
 
 
-def execute_all(jobs: list[Job], *, separate: bool) -> int:
-    """Make the runs one after another; stop at the first that does not succeed.
+def execute_all(jobs: list[Job], *, separate: bool, after: Callable[[Job], int] = lambda job: EXIT_OK) -> int:
+    """Make the runs one after another; stop at the first that does not succeed, or of which `after` says so.
 
     `separate`: each in a child process of its own, forked from a server that has imported the libraries once.
     """
     if not separate:
         for job in jobs:
-            if code := execute(job):
+            if code := execute(job) or after(job):
                 return code
         return EXIT_OK
     context = multiprocessing.get_context("forkserver")
@@ -294,6 +297,8 @@ def execute_all(jobs: list[Job], *, separate: bool) -> int:
             examined = examine(job)
             if manifest.is_whole(job.run_dir) and claim(job, *examined) is None and not job.scratch:
                 say(f"{job.name}: whole already, kept: {job.run_dir}")
+                if code := after(job):
+                    return code
                 continue
         except Refusal as refusal:
             return refuse(refusal)
@@ -306,6 +311,8 @@ def execute_all(jobs: list[Job], *, separate: bool) -> int:
                 child.terminate()
         if code := child.exitcode or 0:
             return 128 - code if code < 0 else code
+        if code := after(job):
+            return code
     return EXIT_OK
 
 

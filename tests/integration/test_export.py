@@ -251,7 +251,7 @@ def test_interrupted_evals_keep_what_is_measured_and_leave_no_process(
     _, errors = victim.communicate()
     if number != signal.SIGKILL:
         assert (victim.returncode, errors) == (130, "evals: interrupted; what is evaluated is kept\n")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while processes(victim.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert processes(victim.pid) == []
@@ -332,7 +332,7 @@ except KeyboardInterrupt:
     os.killpg(started.pid, signal.SIGINT)
     time.sleep(0.5)
     started.send_signal(signal.SIGCONT)
-    assert started.communicate(timeout=30) == ("interrupted\n", "")
+    assert started.communicate(timeout=120) == ("interrupted\n", "")
 
 
 def test_results_of_something_else_are_measured_again_one_by_one_beside_an_accelerator(

@@ -231,6 +231,9 @@ def test_a_trainer_key_that_would_be_ignored_or_break_the_run_is_refused(
     check_trainer_block(stage, {"learning_rate": 1.0e-3}, where="r.yaml")
 
 
+MERGE, GATE = "merge.yaml", "gate: {suite: evals.yaml, recover: needle_8x}"
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [
@@ -241,6 +244,38 @@ def test_a_trainer_key_that_would_be_ignored_or_break_the_run_is_refused(
             "stage: evals",
             "stage: evals\nneedle_options: {max_overwrite: 1}",
             "no option 'max_overwrite'",
+        ),
+        (SFT, "stage: sft", "stage: sft\ngates: {think: {}}", "gates.think: give 'min', 'max' or both"),
+        (
+            MERGE,
+            "stage: merge",
+            "stage: merge\nweights: [0, 0.1]",
+            "give both 'weights' and 'gate', or neither",
+        ),
+        (MERGE, "stage: merge", f"stage: merge\nweights: [0, 0]\n{GATE}", "weights: one is given twice"),
+        (
+            MERGE,
+            "stage: merge",
+            f"stage: merge\nweights: [0, 1]\n{GATE}",
+            r"weights\.1: found 1 .int., wanted less than 1",
+        ),
+        (
+            MERGE,
+            "stage: merge",
+            f"stage: merge\nweights: [0, 0.1]\nsoup_weight: 1.0\n{GATE}",
+            "give one or the other",
+        ),
+        (
+            MERGE,
+            "stage: merge",
+            f"stage: merge\nweights: [0, 0.1]\n{GATE.replace('evals', 'sft')}",
+            "is of stage sft, wanted evals",
+        ),
+        (
+            MERGE,
+            "stage: merge",
+            f"stage: merge\nweights: [0, 0.1]\n{GATE.replace('evals', 'e')}",
+            r"e\.yaml: no such file",
         ),
     ],
 )

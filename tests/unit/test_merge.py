@@ -150,3 +150,31 @@ def test_a_merge_that_carries_another_parent_s_template_is_an_error(
         merge._check_donor(donor, out)
     (out / "chat_template.jinja").write_text("the soup's")
     merge._check_donor(donor, out)
+
+
+@pytest.mark.parametrize(
+    ("table", "keep", "chosen", "keeps"),
+    [
+        ({0.0: (0.2, 0.9), 0.1: (0.4, 0.89), 0.2: (0.6, 0.7)}, {"think": 1}, 0.1, [True, True, False]),
+        ({0.0: (0.2, 0.9), 0.1: (0.4, 0.89), 0.2: (0.6, 0.7)}, {}, 0.2, [True, True, True]),
+        ({0.0: (0.2, 0.9), 0.1: (0.4, 0.8), 0.2: (0.6, 0.7)}, {"think": 5}, 0.0, [True, False, False]),
+        (
+            {0.0: (0.2, 0.9), 0.1: (0.4, 0.9), 0.2: (0.4, 0.95)},
+            {"think": 0},
+            0.1,
+            [True, True, True],
+        ),  # a tie
+        ({0.0: (0.5, 0.9), 0.1: (0.4, 0.95)}, {"think": 1}, 0.0, [True, True]),  # nothing to recover
+    ],
+)
+def test_the_candidate_is_chosen_that_recovers_most_and_keeps_enough(
+    table: dict[float, tuple[float, float]], keep: dict[str, float], chosen: float, keeps: list[bool]
+) -> None:
+    candidates = [
+        {"weight": weight, "metrics": {"needle": {"value": needle}, "think": {"value": think}}}
+        for weight, (needle, think) in table.items()
+    ]
+    gate = config.MergeGate(suite="s.yaml", recover="needle", keep=keep)
+    assert merge.choose(candidates, gate)["weight"] == chosen
+    assert [one["keeps"] for one in candidates] == keeps
+    assert [one["weight"] for one in candidates if one["chosen"]] == [chosen]

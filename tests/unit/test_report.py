@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from smol_post import commands as cli
 from smol_post.config import Refusal
 from smol_post.plots import draw_loss
 from smol_post.points import Point
@@ -283,7 +284,13 @@ def test_no_point_of_the_loss_stands_for_much_less_than_another() -> None:
 def test_the_same_input_gives_the_same_bytes_and_leaves_no_other_file(root: Path) -> None:
     first = [path.read_bytes() for path in write_report(root, runs=RUNS)]
     assert first == [path.read_bytes() for path in write_report(root, runs=RUNS)]
-    assert {path.name for path in root.iterdir()} == {*RUNS, "evals", "report.html", "report.md"}
+    assert {path.name for path in root.iterdir()} == {
+        *RUNS,
+        "evals",
+        "report.html",
+        "report.md",
+        "metrics.json",
+    }
 
 
 def test_the_markdown_has_the_rows_of_the_page(root: Path) -> None:
@@ -328,6 +335,71 @@ def test_numbers_are_for_people(value: float | None, shown: str) -> None:
 @pytest.mark.parametrize(("seconds", "shown"), [(41.2, "41 s"), (62, "1 min 2 s"), (3700, "1 h 1 min")])
 def test_durations_are_for_people(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+def gates(root: Path) -> list[list[str]]:
+    rows = [line for line in (root / "report.md").read_text().splitlines() if line.startswith("| ")]
+    return [
+        [cell.strip() for cell in row.strip("|").split("|")]
+        for row in rows
+        if "at least" in row or "at most" in row
+    ]
+
+
+def test_gates_are_passed_failed_or_not_measured(root: Path) -> None:
+    demands = {"needle_8x": {"min": 0.5, "max": None}, "think_greedy": {"min": None, "max": 0.9}}
+    for run in ("sft", "apo_seed0", "merge"):
+        write_run(root, run, recipe={"gates": demands})
+    found = {
+        "needle_8x": demands["needle_8x"] | {"value": 0.25, "stderr": 0.005, "num": 200, "passed": False},
+        "think_greedy": demands["think_greedy"] | {"value": 0.9, "stderr": 0.005, "num": 200, "passed": True},
+    }
+    write_json(root / "evals" / "gates_sft.json", {"digest": digest("sft"), "passed": False, "gates": found})
+    write_json(root / "evals" / "gates_merge.json", {"digest": digest("old"), "passed": True, "gates": found})
+    write_report(root, runs=RUNS)
+    assert gates(root) == [
+        ["sft", "needle_8x", "failed", "at least 0.500", "0.250 \u00b1 0.005"],
+        ["", "think_greedy", "passed", "at most 0.900", "0.900 \u00b1 0.005"],
+        ["apo_seed0", "needle_8x", "not measured", "at least 0.500", "\u2013"],
+        ["", "think_greedy", "not measured", "at most 0.900", "\u2013"],
+        ["merge", "needle_8x", "not measured", "at least 0.500", "\u2013"],  # measured on another checkpoint
+        ["", "think_greedy", "not measured", "at most 0.900", "\u2013"],
+    ]
+    assert "Gates" in page_of(root).text
+
+
+def test_programs_get_what_the_page_says(root: Path) -> None:
+    write_report(root, runs=RUNS)
+    tree = json.loads((root / "metrics.json").read_text())
+    names = [one["name"] for one in tree["checkpoints"]]
+    assert names == ["base", "sft", "apo_seed0", "merge_soup", "merge"]
+    assert tree["checkpoints"][1]["evals"]["needle_8x"] == {"value": 0.25, "stderr": 0.005, "num": 200}
+    assert tree["checkpoints"][1]["parents"] == {"base": digest("base")}
+    assert tree["checkpoints"][1]["digest"] == digest("sft")
+
+
+def test_two_runs_side_by_side(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(root, "sft", recipe={"stage": "sft", "seed": 1, "trainer": {"beta": 1.0}, "same": 2})
+    write_run(
+        root,
+        "apo_seed0",
+        stage="sft",
+        recipe={"stage": "sft", "seed": 2, "sources": [{"seed": 3}], "same": 2},
+    )
+    assert cli.compare([str(root / "sft"), str(root / "apo_seed0")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = {line[1]: line[2:] for line in lines[1:]}
+    assert lines[0] == [str(root / "sft"), str(root / "apo_seed0"), "difference"]
+    assert shown["seed"] == ["1", "2"]
+    assert shown["trainer.beta"] == ["1.000", "\u2013"]
+    assert shown["sources.0.seed"] == ["\u2013", "3"]
+    assert "same" not in shown
+    assert shown["no_think_greedy"][-3:] == ["-0.200", "(28.3", "errors)"]
+    assert shown["needle_16x"] == ["0.125", "\u00b1", "0.005", "\u2013"]
+    assert cli.compare([str(root / "sft"), str(root / "nowhere")]) == 2
+    assert capsys.readouterr().err == (
+        f"refused: {root / 'nowhere'}: no whole run; give a run directory such as runs/tiny/sft\n"
+    )
 
 
 def test_importing_the_report_loads_neither_torch_nor_matplotlib() -> None:
