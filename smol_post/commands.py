@@ -100,7 +100,7 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--mode", choices=["think", "no_think", "both"], default="both", help="of chats")
     parser.add_argument("--json", action="store_true", help="JSON for programs instead of a table")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the suite to set")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     try:
         recipe = load_suite(arguments.suite, arguments.overrides)
         folder = find_model(arguments.model)
@@ -111,8 +111,8 @@ def evaluate(argv: list[str]) -> int:
         metrics, _ = stage.evaluate(folder, recipe, modes)
         if not metrics:
             raise Refusal(
-                f"{arguments.suite}: nothing of it can be asked of {arguments.model}: no chat template, or no "
-                "such mode; give perplexity or probes as text"
+                f"{arguments.suite}: nothing of it can be asked of {arguments.model}: no chat template, or "
+                "no such mode; give perplexity or probes as text"
             )
     except Refusal as refusal:
         return refuse(refusal)

@@ -145,8 +145,8 @@ def check_lengths(folder: Path, recipe: EvalsRecipe) -> None:
     for name, length in asked.items():
         if length > limit:
             raise Refusal(
-                f"{folder}: max_position_embeddings: found {limit:g}, but {name} takes {length} tokens; ask for "
-                "fewer, or with YaRN (yarn: true, yarn_context)"
+                f"{folder}: max_position_embeddings: found {limit:.0f}, but {name} takes {length} tokens; "
+                "ask for fewer, or with YaRN (yarn: true, yarn_context)"
             )
 
 

@@ -112,7 +112,7 @@ def test_help_is_there(command: Command, words: list[str]) -> None:
 
 def test_help_names_every_command(command: Command) -> None:
     text = command("smol-post", "--help").stdout
-    for word in ("run", "long-context", "mid", "sft", "apo", "merge", "evals", "report", "check"):
+    for word in ("run", "long-context", "mid", "sft", "apo", "merge", "evals", "eval", "report", "check"):
         assert f"  {word} " in text
 
 
