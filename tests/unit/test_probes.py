@@ -1,4 +1,4 @@
-"""Probes ask what they say, at the length they say; planted models are scored right; `eval` refuses, prints."""
+"""Probes ask what they say, at the length they say; planted models score right; `eval` refuses, prints."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ def story(tmp_path: Path) -> str:
 @pytest.fixture
 def checkpoint(build: Build, tokenizer: Any, tmp_path: Path) -> Path:
     folder = tmp_path / "model"
-    build().save_pretrained(folder)
+    build(max_position_embeddings=512).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -127,7 +127,9 @@ def test_depths_are_uniform_and_layouts_vary(tokenizer: Any) -> None:
     depths = [one.text.index(one.wanted[0]) / len(one.text) for one in found]
     quarters = [sum(low <= 4 * depth < low + 1 for depth in depths) / 200 for low in range(4)]
     assert min(quarters) > 0.15, quarters
-    assert len({one.text[:30] for one in found}) >= 3 * 3 - 1  # openings by things, one opening without
+    assert len({one.text.splitlines()[0] for one in found}) == 3 * 3  # openings by things
+    needles = {form(one.text, *one.hidden[0]).split(one.hidden[0][0])[0] for one in found}
+    assert len(needles) == 2 * 3 + 1  # one phrasing begins with the key
     endings = {one.text.replace(one.hidden[0][0], "KEY").splitlines()[-1] for one in found}
     assert len(endings) == 2 * 3
 
@@ -147,16 +149,25 @@ def test_the_first_numbers_said_must_be_those_wanted(said: str, wanted: list[str
     assert probes.is_right(said, wanted) == right
 
 
-def teach(lm: Any, rows: Sequence[tuple[list[int], list[int]]], *, num_steps: int = 60) -> Any:
-    """Overfit a small model on answers (`prompt`, `answer`), until greedy decoding says them."""
-    optimizer = torch.optim.Adam(lm.parameters(), lr=5e-3)
-    for _ in range(num_steps):
-        for prompt, answer in rows:
-            logits = lm(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-            torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).backward()
+def teach(lm: Any, rows: Sequence[tuple[list[int], list[int]]]) -> Any:
+    """Overfit a small model on answers (`prompt`, `answer`), until greedy decoding says each."""
+    optimizer = torch.optim.Adam(lm.parameters(), lr=1e-2)
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
+    labels_BT = torch.full_like(ids_BT, -100)
+    for row, (prompt, answer) in enumerate(rows):
+        ids_BT[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        labels_BT[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+    wanted, asked = labels_BT[:, 1:], labels_BT[:, 1:] >= 0
+    for _ in range(400):
+        logits = lm(ids_BT).logits[:, :-1][asked]
+        if torch.equal(logits.argmax(-1), wanted[asked]):
+            return lm.eval()
+        torch.nn.functional.cross_entropy(logits, wanted[asked]).backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return lm.eval()
+    raise AssertionError("not learned in 400 steps")
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -169,7 +180,7 @@ def test_what_a_planted_model_knows_is_what_it_scores(build: Build, tokenizer: A
         first, second = one.wanted if index != 1 else one.wanted[::-1]
         said = f" {first} and {second if index != 2 else 1000000}.<|im_end|>"
         rows.append((one.ids, tokenizer(said, add_special_tokens=False)["input_ids"]))
-    lm = build(attention="sdpa", initializer_range=0.02)
+    lm = build(attention="sdpa", initializer_range=0.02, num_hidden_layers=2)
     how = {"num_tokens": 400, "seed": 0, "date_string": DATE}
     assert probes.ask(lm, tokenizer, asked, batch_size=1, **how)["value"] == 0
     teach(lm, rows)
@@ -217,7 +228,7 @@ def test_the_third_turn_comes_after_own_answers_to_the_first_two(build: Build, t
         )
         return ids, tokenizer(answer, add_special_tokens=False)["input_ids"]
 
-    lm = build(attention="sdpa", initializer_range=0.02)
+    lm = build(attention="sdpa", initializer_range=0.02, num_hidden_layers=2)
     rows = [row("no_think", [*answers[:turn], None], answers[turn]) for turn in range(3)]
     rows += [row("no_think", [None] * turn, thoughts) for turn in (2, 3)]
     rows += [
@@ -227,7 +238,7 @@ def test_the_third_turn_comes_after_own_answers_to_the_first_two(build: Build, t
         row("think", [thoughts, None], thoughts),
         row("think", [thoughts, thoughts, None], "6<|im_end|>"),
     ]
-    teach(lm, rows, num_steps=120)
+    teach(lm, rows)
     asked = {
         "conversations": [["a?", "b?", "c?"]],
         "date_string": DATE,
@@ -300,12 +311,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "900 with yarn is beyond yarn_context 512",
     ),
     "context": (
-        {"probes": [{"kind": "single", "lengths": [257]}]},
-        "max_position_embeddings: found 256, but single_257 takes 257 tokens",
+        {"probes": [{"kind": "single", "lengths": [513]}]},
+        "max_position_embeddings: found 512, but single_513 takes 513 tokens",
     ),
     "window": (
-        {"perplexity": [{"name": "hay", "path": "hay.txt", "max_tokens": 300}]},
-        "max_position_embeddings: found 256, but perplexity_hay takes 300",
+        {"perplexity": [{"name": "hay", "path": "hay.txt", "max_tokens": 600}]},
+        "max_position_embeddings: found 512, but perplexity_hay takes 600",
     ),
     "no file": (
         {"probes": [{"kind": "single", "lengths": [9], "haystack": "straw.txt"}]},
@@ -365,17 +376,17 @@ def test_eval_prints_json_or_a_table_and_leaves_the_model_as_it_was(
     path = suite(
         probes=[
             {"kind": "single", "lengths": [240], "num_questions": 2},
-            {"kind": "single", "lengths": [250], "num_questions": 2, "as": "chat"},
-            {"kind": "multi_key", "lengths": [400], "num_needles": 2, "num_questions": 1, "yarn": True},
+            {"kind": "single", "lengths": [400], "num_questions": 2, "as": "chat"},
+            {"kind": "multi_key", "lengths": [600], "num_needles": 2, "num_questions": 1, "yarn": True},
         ],
-        yarn_context=512,
+        yarn_context=1024,
         perplexity=[{"name": "hay", "path": "hay.txt", "max_tokens": 64}],
         num_turn_questions=2,
     )
     assert commands.evaluate([str(checkpoint), "--suite", path, "--json", "--mode", "no_think"]) == 0
     found = json.loads(capsys.readouterr().out)
-    names = ["mode_no_think_flag", "mode_no_think_turn3", "single_240", "single_250_chat", "perplexity_hay"]
-    assert list(found["metrics"]) == [*names, "multi_key_400_yarn"]
+    names = ["mode_no_think_flag", "mode_no_think_turn3", "single_240", "single_400_chat", "perplexity_hay"]
+    assert list(found["metrics"]) == [*names, "multi_key_600_yarn"]
     assert all(one.keys() == {"value", "stderr", "num"} for one in found["metrics"].values())
     assert found["metrics"]["single_240"] == {"value": 0.0, "stderr": 0.0, "num": 2}
     assert commands.evaluate([str(checkpoint), "--suite", path, "num_turn_questions=1"]) == 0
@@ -385,6 +396,6 @@ def test_eval_prints_json_or_a_table_and_leaves_the_model_as_it_was(
         "mode_think_flag",
         "mode_think_turn3",
         *names,
-        "multi_key_400_yarn",
+        "multi_key_600_yarn",
     ]
     assert {path: path.read_bytes() for path in checkpoint.rglob("*")} == before
