@@ -12,7 +12,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from smol_post import commands, config, probes, scoring
+from smol_post import commands, config, evals, probes, scoring
 
 Build = Callable[..., Any]
 KINDS = ("single", "multi_key", "multi_value")
@@ -399,3 +399,28 @@ def test_eval_prints_json_or_a_table_and_leaves_the_model_as_it_was(
         "multi_key_600_yarn",
     ]
     assert {path: path.read_bytes() for path in checkpoint.rglob("*")} == before
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_greedy_is_greedy_whatever_the_checkpoint_asks_of_generation(
+    checkpoint: Path, suite: Callable[..., str]
+) -> None:
+    recipe = commands.load_suite(Path(suite(num_arithmetic_questions=2, max_new_tokens=12)))
+    _, plain = evals.evaluate(checkpoint, recipe)
+    path = checkpoint / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "repetition_penalty": 3.0}))
+    _, penalised = evals.evaluate(checkpoint, recipe)
+    assert len(plain) == 4
+    assert penalised == plain
+
+
+def test_a_suite_counts_what_its_files_hold_not_where_they_are(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "hay.txt").write_text(STORY)
+        texts = {"name": "hay", "path": "hay.txt", "max_tokens": 9}
+        (tmp_path / name / "evals.yaml").write_text(json.dumps({**SUITE, "perplexity": [texts]}))
+    one, other = (commands.load_suite(tmp_path / name / "evals.yaml") for name in ("a", "b"))
+    assert one.files() == [str(tmp_path / "a" / "hay.txt")] != other.files()
+    assert one.model_dump() == other.model_dump()
+    assert "hay.txt" not in str(one.model_dump())
