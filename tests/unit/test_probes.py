@@ -1,6 +1,7 @@
 """Probes ask what they say, at the length they say; planted models score right; `eval` refuses, prints."""
 
 import copy
+import doctest
 import json
 import math
 import re
@@ -43,6 +44,10 @@ def checkpoint(build: Build, tokenizer: Any, tmp_path: Path) -> Path:
     build(max_position_embeddings=512).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def test_the_examples_hold() -> None:
+    assert [doctest.testmod(module).failed for module in (probes, scoring)] == [0, 0]
 
 
 @pytest.mark.parametrize("form", ["text", "chat"])
