@@ -15,6 +15,7 @@ COMMANDS = {
     "run": "make every run of a recipe folder in order, then evaluate and report",
     **STAGES,
     "evals": "evaluate every whole checkpoint of a run folder",
+    "eval": "measure one model, ours or any other, by a suite: probes, perplexity, modes",
     "report": "write report.html, report.md and metrics.json of a run folder",
     "compare": "print two runs side by side",
     "export": "write a variant of a checkpoint for inference at a longer context, by YaRN",
@@ -88,7 +89,7 @@ def dispatch(command: str, rest: list[str]) -> int:
         return getattr(preparation, command)(rest)
     from smol_post import commands
 
-    return getattr(commands, command)(rest)
+    return getattr(commands, "evaluate" if command == "eval" else command)(rest)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""The commands over a whole recipe folder: run, evals, report, check."""
+"""The commands over a whole recipe folder: run, evals, report, check; and eval, of any one model."""
 
 import argparse
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
-from smol_post import config, manifest, runner
+from smol_post import config, hub, manifest, runner
 from smol_post.plan import Job, check_names, default_run_root, make_plan, say
 from smol_post.refusal import Failure, Refusal, did_you_mean
 from smol_post.runner import EXIT_OK, Parser, refuse
@@ -76,10 +78,15 @@ def load_evals(folder: Path, pairs: list[str] | None = None) -> config.EvalsReci
     name = config.load_pipeline(folder).evals
     if name is None:
         return None
-    recipe = config.load_recipe(folder / name, arguments=pairs)
+    return load_suite(folder / name, pairs)
+
+
+def load_suite(path: Path, pairs: list[str] | None = None) -> config.EvalsRecipe:
+    """An evals recipe, checked."""
+    recipe = config.load_recipe(path, arguments=pairs)
     if not isinstance(recipe, config.EvalsRecipe):
-        raise Refusal(f"{folder / name}: stage: found {recipe.stage}, wanted evals")
-    check_names(recipe, folder / name)
+        raise Refusal(f"{path}: stage: found {recipe.stage}, wanted evals")
+    check_names(recipe, path)
     return recipe
 
 
@@ -105,6 +112,57 @@ def evals(argv: list[str]) -> int:
         say("evals: interrupted; what is evaluated is kept", error=True)
         return runner.EXIT_INTERRUPTED
     return EXIT_OK
+
+
+def evaluate(argv: list[str]) -> int:
+    """Measure one model by a suite and print the metrics; nothing is written."""
+    parser = Parser(prog="smol-post eval", description=evaluate.__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "model", metavar="MODEL", help="a checkpoint folder, a whole run, or a Hub id[@revision]"
+    )
+    parser.add_argument("--suite", type=Path, required=True, metavar="FILE", help="an evals recipe")
+    parser.add_argument("--mode", choices=["think", "no_think", "both"], default="both", help="of chats")
+    parser.add_argument("--json", action="store_true", help="JSON for programs instead of a table")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the suite to set")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        recipe = load_suite(arguments.suite, arguments.overrides)
+        folder = find_model(arguments.model)
+        from smol_post import evals as stage
+
+        stage.check_lengths(folder, recipe)
+        modes = stage.MODES if arguments.mode == "both" else [arguments.mode]
+        metrics, _ = stage.evaluate(folder, recipe, modes)
+        if not metrics:
+            raise Refusal(
+                f"{arguments.suite}: nothing of it can be asked of {arguments.model}: no chat template, or "
+                "no such mode; give perplexity or probes as text"
+            )
+    except Refusal as refusal:
+        return refuse(refusal)
+    if arguments.json:
+        about = {"model": arguments.model, "suite": str(arguments.suite), "mode": arguments.mode}
+        print(json.dumps(about | {"metrics": metrics}, indent=2))
+        return EXIT_OK
+    width = max(map(len, metrics))
+    say(f"{'metric':<{width}} {'value':>10} {'error':>9} {'number':>7}")
+    for name, one in metrics.items():
+        say(f"{name:<{width}} {one['value']:>10.4f} {one['stderr']:>9.4f} {one['num']:>7,}")
+    return EXIT_OK
+
+
+def find_model(name: str) -> Path:
+    """The folder of a checkpoint: a whole run, held against its manifest, any folder, or a Hub id."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if manifest.is_whole(folder):
+            manifest.verify(folder)
+        return folder
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
+        raise Refusal(
+            f"{name}: no such folder and no Hub id; give a checkpoint, a whole run or org/name@revision"
+        )
+    return hub.checkpoint(name, what=f"no folder {name}, and as a model")
 
 
 def report(argv: list[str]) -> int:

@@ -300,10 +300,46 @@ class MergeRecipe(Made):
         return self
 
 
+class Probe(Strict):
+    """Needles in a haystack, of each of `lengths` in the model's own tokens, answer included.
+
+    kind: one needle; one key asked among `num_needles`; or all `num_needles` values of one key. haystack: a
+    text file, else generated sentences. as: raw text, or a chat in no_think mode. yarn: at `yarn_context`.
+    """
+
+    kind: Literal["single", "multi_key", "multi_value"]
+    lengths: list[Annotated[int, Field(gt=0)]] = Field(min_length=1)
+    num_questions: int = Field(default=100, gt=0)
+    num_needles: int = Field(default=4, ge=2, le=100)
+    haystack: str | None = Field(default=None, exclude=True)
+    form: Literal["text", "chat"] = Field(default="text", alias="as")
+    yarn: bool = False
+
+    @model_validator(mode="after")
+    def _one_needle(self) -> "Probe":
+        if self.kind == "single" and "num_needles" in self.model_fields_set:
+            raise ValueError("num_needles: a single probe hides one; remove it, or take another kind")
+        return self
+
+    def metric(self, length: int) -> str:
+        """`multi_key_4096`, `single_8192_chat_yarn`."""
+        return f"{self.kind}_{length}{'_chat' * (self.form == 'chat')}{'_yarn' * self.yarn}"
+
+
+class Texts(Strict):
+    """Texts whose perplexity is measured in windows of `max_tokens`: a text file, or rows with a `text`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    path: str = Field(exclude=True)
+    max_tokens: int = Field(gt=1)
+
+
 class EvalsRecipe(Strict):
     """What is measured on every checkpoint of the chain; `yarn_...`: on its last run, with YaRN and without.
 
-    num_threads: of one checkpoint; as many are measured at once as the cores then allow.
+    num_threads: of one checkpoint; as many are measured at once as the cores then allow. num_turn_questions:
+    conversations of three turns in each mode, about arithmetic or from the `prompt` column of `turn_prompts`.
+    Paths are no part of a dump: what counts is what the files hold.
     """
 
     stage: Literal["evals"]
@@ -319,6 +355,10 @@ class EvalsRecipe(Strict):
     arithmetic_options: dict[str, Any] = {}
     num_preference_pairs: int = Field(default=200, ge=0)
     preference_options: dict[str, Any] = {}
+    probes: list[Probe] = []
+    perplexity: list[Texts] = []
+    num_turn_questions: int = Field(default=0, ge=0)
+    turn_prompts: str | None = Field(default=None, exclude=True)
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int = Field(default=96, gt=0)
@@ -328,9 +368,48 @@ class EvalsRecipe(Strict):
 
     @model_validator(mode="after")
     def _whole_yarn(self) -> "EvalsRecipe":
-        if (self.yarn_context is None) != (not self.yarn_needle_tokens):
-            raise ValueError("give both 'yarn_context' and 'yarn_needle_tokens', or neither")
+        asked = self.yarn_needle_tokens or any(one.yarn for one in self.probes)
+        if (self.yarn_context is None) != (not asked):
+            raise ValueError("give both 'yarn_context' and 'yarn_needle_tokens', or neither (or yarn probes)")
+        for length in (length for one in self.probes if one.yarn for length in one.lengths):
+            if length > (self.yarn_context or 0):
+                raise ValueError(
+                    f"probes: lengths: {length} with yarn is beyond yarn_context {self.yarn_context}"
+                )
         return self
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "EvalsRecipe":
+        names = [one.metric(length) for one in self.probes for length in one.lengths]
+        names += [f"perplexity_{one.name}" for one in self.perplexity]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name} is measured twice; remove one, or give it another length or name")
+        if self.turn_prompts and not self.num_turn_questions:
+            raise ValueError("turn_prompts: num_turn_questions is 0, so nothing is asked; give a number")
+        return self
+
+    def files(self) -> list[str]:
+        """The files that are asked about."""
+        found = [*(one.haystack for one in self.probes), *(one.path for one in self.perplexity)]
+        return [path for path in [*found, self.turn_prompts] if path]
+
+    def located(self, file: Path) -> "EvalsRecipe":
+        """The same with whole paths, from the folder of the recipe's `file`; Refusal where one is missing."""
+
+        def whole(path: str | None) -> str | None:
+            return path and str(local_path(path, file.parent))
+
+        for path in self.files():
+            if not local_path(path, file.parent).is_file():
+                raise Refusal(f"{file}: {path}: no such file beside the recipe; mend the path")
+        return self.model_copy(
+            update={
+                "probes": [one.model_copy(update={"haystack": whole(one.haystack)}) for one in self.probes],
+                "perplexity": [one.model_copy(update={"path": whole(one.path)}) for one in self.perplexity],
+                "turn_prompts": whole(self.turn_prompts),
+            }
+        )
 
 
 Recipe = BaseRecipe | LongContextRecipe | MidRecipe | SftRecipe | ApoRecipe | MergeRecipe | EvalsRecipe
@@ -505,7 +584,7 @@ def _keys_at(model: type[BaseModel], location: list[str]) -> list[str]:
         if not nested:
             return []
         model = nested[0]
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def load_recipe(
@@ -527,7 +606,7 @@ def load_recipe(
     recipe = validate(RECIPES[stage], tree, where=str(path))
     if isinstance(recipe, Training):
         check_trainer_block(stage, recipe.trainer, where=str(path))
-    return recipe  # type: ignore[return-value]
+    return recipe.located(path) if isinstance(recipe, EvalsRecipe) else recipe  # type: ignore[return-value]
 
 
 def load_pipeline(folder: Path) -> Pipeline:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _CODE = (
     "evals.py",
     "scoring.py",
+    "probes.py",
     "synthetic.py",
     "chat.py",
     "messages.py",
@@ -62,7 +63,8 @@ def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job], *, only: str | None =
         if only not in (None, name):
             continue
         ours = recipe if folder == jobs[-1].run_dir else recipe.model_copy(update=WITHOUT_YARN)
-        suite = manifest.digest_tree({"recipe": ours.model_dump(), "code": code})
+        files = [manifest.digest_file(Path(path)) for path in ours.files()]
+        suite = manifest.digest_tree({"recipe": ours.model_dump(), "code": code, "files": files})
         about = {"run": name, "stage": stage, "checkpoint_digest": digest, "suite_digest": suite}
         path = jobs[0].run_dir.parent / "evals" / f"{name}.json"
         if path.is_file() and about.items() <= json.loads(path.read_text()).items():
@@ -166,17 +168,46 @@ def measure(folder: Path, recipe: EvalsRecipe, path: Path, about: dict[str, Any]
     return f"evals: {about['run']}: {numbers}  ({seconds:.0f} s)"
 
 
-def evaluate(folder: Path, recipe: EvalsRecipe) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """All metrics of one checkpoint, and transcripts; what it cannot do (no modes) is absent, not zero."""
-    import torch
+MODES = ("think", "no_think")
 
-    from smol_post import model, scoring, vocabulary
+
+def check_lengths(folder: Path, recipe: EvalsRecipe) -> None:
+    """Refusal where the suite asks for more tokens than the checkpoint's context; no weights are loaded."""
+    from smol_post import model
+
+    limit = _context(model.load_config(folder))
+    asked = {one.metric(length): length for one in recipe.probes if not one.yarn for length in one.lengths}
+    asked |= {f"perplexity_{one.name}": one.max_tokens for one in recipe.perplexity}
+    for name, length in asked.items():
+        if length > limit:
+            raise Refusal(
+                f"{folder}: max_position_embeddings: found {limit:.0f}, but {name} takes {length} tokens; "
+                "ask for fewer, or with YaRN (yarn: true, yarn_context)"
+            )
+
+
+def _context(config: Any) -> float:
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
+
+
+def evaluate(
+    folder: Path, recipe: EvalsRecipe, modes: Sequence[str] = MODES
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """All metrics of one checkpoint, in `modes`, and transcripts.
+
+    What it cannot do (no modes, a shorter context than a probe) is absent, not zero.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    from smol_post import model, probes, scoring, vocabulary
 
     model.use_threads(recipe.num_threads)
     tokenizer = vocabulary.load_tokenizer(folder)
     lm = model.load_model(folder, attn_implementation="sdpa").eval()
     if torch.accelerator.is_available():
         lm.to(torch.accelerator.current_accelerator())  # pyright: ignore[reportArgumentType]
+    lm.generation_config = GenerationConfig()  # its own may have a penalty or a temperature
     metrics: dict[str, Any] = {}
     shortest = min(recipe.needle_tokens, default=1)
 
@@ -192,9 +223,33 @@ def evaluate(folder: Path, recipe: EvalsRecipe) -> tuple[dict[str, Any], list[di
                 options=recipe.needle_options,
             )
 
+    def probe(*, yarn: bool) -> None:
+        for one in recipe.probes:
+            able = one.yarn == yarn and (one.form == "text" or tokenizer.chat_template)
+            for length in [n for n in one.lengths if able and n <= _context(lm.config)]:
+                metrics[one.metric(length)] = probes.ask(
+                    lm,
+                    tokenizer,
+                    one,
+                    num_tokens=length,
+                    seed=recipe.seed,
+                    batch_size=max(1, recipe.batch_size * shortest // length),
+                    date_string=recipe.date_string,
+                )
+
     needles(recipe.needle_tokens, recipe.num_needle_questions)
-    chats, samples = evaluate_chats(lm, tokenizer, recipe)
+    chats, samples = evaluate_chats(lm, tokenizer, recipe, modes)
     metrics |= chats
+    probe(yarn=False)
+    for texts in recipe.perplexity:
+        if texts.max_tokens <= _context(lm.config):
+            rows = scoring.column(texts.path, "text")
+            try:
+                metrics[f"perplexity_{texts.name}"] = scoring.perplexity(
+                    lm, tokenizer, rows, max_tokens=texts.max_tokens
+                )
+            except ValueError as error:
+                raise Refusal(f"{texts.path}: {error}; give more text or a smaller max_tokens") from None
     rope = getattr(lm.config, "rope_parameters", None) or {}
     if recipe.yarn_context and rope.get("rope_type") == "default":
         longer = [length for length in recipe.yarn_needle_tokens if length not in recipe.needle_tokens]
@@ -203,13 +258,17 @@ def evaluate(folder: Path, recipe: EvalsRecipe) -> tuple[dict[str, Any], list[di
         scaled.update(export.yarn(lm.config.to_dict(), context=recipe.yarn_context, where=folder))
         model.use_yarn(lm, scaled)
         needles(recipe.yarn_needle_tokens, recipe.num_yarn_questions, "_yarn")
+        probe(yarn=True)
     return metrics, samples
 
 
 def evaluate_chats(
-    lm: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", recipe: EvalsRecipe
+    lm: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    recipe: EvalsRecipe,
+    asked: Sequence[str] = MODES,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What takes a chat template: arithmetic and obedience in each mode that it has, preferences."""
+    """What takes a chat template: arithmetic and obedience in each mode `asked` that it has, preferences."""
     from smol_post import scoring
 
     metrics: dict[str, Any] = {}
@@ -217,7 +276,8 @@ def evaluate_chats(
     template = tokenizer.chat_template
     if not isinstance(template, str):
         return metrics, samples
-    modes = ["think", "no_think"] if "enable_thinking" in template else ["think"]
+    known = MODES if "enable_thinking" in template else MODES[:1]
+    modes = [mode for mode in known if mode in asked]
     common = {
         "seed": recipe.seed,
         "date_string": recipe.date_string,
@@ -241,7 +301,22 @@ def evaluate_chats(
             top_p=recipe.top_p,
             **common,
         )
-    if len(modes) == 2 and recipe.num_preference_pairs:
+    if len(known) == 2 and recipe.num_turn_questions:
+        said = scoring.questions(
+            recipe.turn_prompts, recipe.num_turn_questions, recipe.seed, recipe.arithmetic_options
+        )
+        for mode in modes:
+            first, *_, last = scoring.turns(
+                lm,
+                tokenizer,
+                mode=mode,
+                conversations=said,
+                date_string=recipe.date_string,
+                max_new_tokens=recipe.max_new_tokens,
+                batch_size=recipe.batch_size,
+            )
+            metrics |= {f"mode_{mode}_flag": first, f"mode_{mode}_turn3": last}
+    if len(known) == len(modes) == 2 and recipe.num_preference_pairs:
         metrics["preference_accuracy"] = scoring.preferences(
             lm,
             tokenizer,

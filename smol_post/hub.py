@@ -25,13 +25,13 @@ def refusing(what: str) -> Iterator[None]:
         ) from None
 
 
-def checkpoint(path: str, *, weights: bool = True) -> Path:
+def checkpoint(path: str, *, weights: bool = True, what: str = "parent") -> Path:
     """`org/name@revision` as a local folder, downloaded where it is not cached; its name is the commit."""
     from huggingface_hub import snapshot_download
 
     repository, _, revision = path.partition("@")
     files = CHECKPOINT_FILES if weights else CHECKPOINT_FILES[1:]
-    with refusing(f"parent {path}"):
+    with refusing(f"{what} {path}"):
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
 
 

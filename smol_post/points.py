@@ -12,6 +12,7 @@ from smol_post.refusal import Refusal
 GROUPS = {  # prefixes of metric names, in the order of the columns
     "needle retrieval": ("needle",),
     "two modes": ("think_greedy", "no_think_greedy", "think", "no_think", "mode_think", "mode"),
+    "long-context probes": ("single_", "multi_key_", "multi_value_"),
     "other": ("",),
 }
 

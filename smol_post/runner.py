@@ -62,7 +62,9 @@ def fingerprint(job: Job, parents: list[Parent]) -> str:
     if template and template.endswith(".jinja"):
         files["template"] = manifest.digest_file(config.local_path(template, job.recipe_file.parent))
     if recipe.get("gate"):
-        files["suite"] = manifest.digest_file(job.recipe_file.parent / recipe["gate"]["suite"])
+        suite = job.recipe_file.parent / recipe["gate"]["suite"]
+        inner: Any = config.load_recipe(suite)
+        files |= {str(one): manifest.digest_file(Path(one)) for one in [suite, *inner.files()]}
     content = {"stage": job.recipe.stage, "recipe": recipe, "parents": [one.digest for one in parents]}
     return manifest.digest_tree({**content, "files": sorted(files.values()), "smol_post": _version()})
 

@@ -1,24 +1,30 @@
-"""What is measured on a checkpoint: needle retrieval, arithmetic in both modes, mode compliance, preferences.
+"""What is measured on a checkpoint: needles, arithmetic and obedience in both modes, preferences, perplexity.
 
 Every score is strict: the right answer, well formed, then stop. A metric is {"value", "stderr", "num"} with
-the binomial standard error sqrt(p (1 - p) / n).
+the binomial standard error sqrt(p (1 - p) / n), but for perplexity.
 
     think     "<think>\\n3+4=7\\n</think>\\n7<|im_end|>"   well formed; right if 7 is asked
     no_think  "7<|im_end|>"                              well formed: no think tag at all
 """
 
 import math
+import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from smol_post import chat, synthetic
+from smol_post import chat, sources, synthetic
+from smol_post.config import FILES, Source
+from smol_post.refusal import Refusal, describe
 
 Metric = dict[str, float]
 _THINK = re.compile(r"\s*<think>\s*\S.*?</think>(?P<answer>.*)", re.DOTALL)
+_OPENED = re.compile(r"<think>\s*(</think>\s*)?\Z")  # what a template may write before the model speaks
+_EMPTY = re.compile(r"\s*<think>\s*</think>")
 
 
 def share(hits: Sequence[bool]) -> Metric:
@@ -52,6 +58,22 @@ def well_formed(text: str, mode: str, *, ended: bool) -> str | None:
         text = match["answer"]
     answer = text.strip()
     return answer if answer and "<think>" not in answer and "</think>" not in answer else None
+
+
+def obeys(prompt: str, text: str, mode: str, *, ended: bool) -> bool:
+    """Whether a turn is well formed in its mode, taken with the think block that its prompt may have begun.
+
+    Of no_think, a turn may begin with one empty block, be it the template's or the model's own.
+
+    >>> obeys("...assistant\\n<think>\\n\\n</think>\\n", "<think>\\n\\n</think>\\n7", "no_think", ended=True)
+    False
+    >>> obeys("...assistant\\n", "<think>\\n\\n</think>\\n7", "no_think", ended=True)
+    True
+    """
+    begun = _OPENED.search(prompt)
+    turn = (begun[0] if begun else "") + text
+    empty = _EMPTY.match(turn) if mode == "no_think" else None
+    return well_formed(turn[empty.end() :] if empty else turn, mode, ended=ended) is not None
 
 
 @torch.no_grad()
@@ -112,8 +134,8 @@ def generate(
     Prompts are left-padded in batches of similar length; the order of the answers is that of the prompts.
     """
     torch.manual_seed(seed)
-    end = tokenizer.convert_tokens_to_ids(chat.END_OF_TURN)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    end = tokenizer.get_vocab().get(chat.END_OF_TURN, tokenizer.eos_token_id)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end or 0
     how = (
         {"do_sample": False}
         if temperature is None
@@ -184,6 +206,119 @@ def arithmetic(
         for row, output, hit in zip(rows[:num_samples], outputs, right, strict=False)
     ]
     return share(right), share([answer is not None for answer in answers]), samples
+
+
+def questions(path: str | None, number: int, seed: int, options: dict[str, Any]) -> list[list[str]]:
+    """Conversations of three questions: three prompts of the file drawn at random, without one arithmetic."""
+    if path is None:
+        rows = synthetic.generate("arithmetic_questions", num_rows=3 * number, seed=seed, **options)
+        contents = [row["messages"][-1]["content"] for row in rows]
+        return [contents[start : start + 3] for start in range(0, len(contents), 3)]
+    prompts = column(path, "prompt")
+    if len(prompts) < 3:
+        raise Refusal(f"{path}: found {len(prompts)} prompts, wanted three at least; add some")
+    return [random.Random(f"turns {seed} {index}").sample(prompts, 3) for index in range(number)]
+
+
+def column(path: str, name: str) -> list[str]:
+    """One column of the rows of a file, in order; of any other file its text as one row."""
+    if not path.endswith(FILES):
+        try:
+            return [Path(path).read_text(encoding="utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise Refusal(f"{path}: not readable as text ({error}); give a UTF-8 file") from None
+    found = []
+    for raw in sources.read_rows(Source(name=path, path=path), folder=Path()):
+        try:
+            found.append(sources.parse_row(raw.content, columns={})[name])
+            if not isinstance(found[-1], str):
+                raise ValueError(f"{name}: found {describe(found[-1])}, wanted text")
+        except (ValueError, KeyError) as error:
+            reason = f"no column {name}" if isinstance(error, KeyError) else error
+            raise Refusal(f"{path}: row {raw.number}: {reason}; mend the row") from None
+    return found
+
+
+def turns(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    mode: str,
+    conversations: Sequence[Sequence[str]],
+    date_string: str,
+    **generation: Any,
+) -> list[Metric]:
+    """Compliance with a mode in each turn of conversations, given as the user's words turn by turn.
+
+    The mode is asked for by a flag in the system message and by nothing else. The answers of earlier turns
+    are the model's own, greedily generated.
+    """
+    chats = [[{"role": "system", "content": f"/{mode}"}] for _ in conversations]
+    found: list[Metric] = []
+    for questions in zip(*conversations, strict=True):
+        for messages, content in zip(chats, questions, strict=True):
+            messages.append({"role": "user", "content": content})
+        prompts = [
+            str(
+                tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=False, date_string=date_string
+                )
+            )
+            for messages in chats
+        ]
+        encoded: Any = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        said = generate(lm, tokenizer, encoded, **generation)
+        found.append(
+            share(
+                [
+                    obeys(prompt, text, mode, ended=ended)
+                    for prompt, (text, ended) in zip(prompts, said, strict=True)
+                ]
+            )
+        )
+        for messages, (text, _) in zip(chats, said, strict=True):
+            messages.append({"role": "assistant", "content": text})
+    return found
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that the tokenizer puts before a text, if it puts one there."""
+    return [first for first in tokenizer("")["input_ids"][:1] if first == tokenizer.bos_token_id]  # pyright: ignore
+
+
+@torch.no_grad()
+def perplexity(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, max_tokens: int
+) -> Metric:
+    """exp of the mean negative log-likelihood a token, over windows of `max_tokens` that do not overlap.
+
+    No window spans two texts; its first token is not predicted, unless the tokenizer puts one before it.
+    `num` is the number W of windows, each of n predicted tokens and summed loss s. With m = sum s / sum n the
+    standard error of m is that of a ratio, sqrt(W / (W - 1) sum (s - m n)^2) / sum n, and that of the
+    perplexity exp(m) times as much (delta method). The logits of one window are in memory at once.
+
+    Raises ValueError where there are fewer than two windows.
+    """
+    first = beginning(tokenizer)
+    size = max_tokens - len(first)
+    losses, counts = [], []
+    for text in texts:
+        ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for start in range(0, len(ids), size):
+            window_T = torch.tensor(first + ids[start : start + size], device=lm.device)
+            if len(window_T) > 1:
+                logits_TV = lm(input_ids=window_T[None], use_cache=False).logits[0, :-1].float()
+                loss_T = torch.nn.functional.cross_entropy(logits_TV, window_T[1:], reduction="none")
+                losses.append(loss_T.double().sum().item())
+                counts.append(len(loss_T))
+    if len(counts) < 2:
+        raise ValueError(f"found {len(counts)} windows of {max_tokens} tokens, wanted two at least")
+    total = sum(counts)
+    mean = sum(losses) / total
+    squares = sum((loss - mean * count) ** 2 for loss, count in zip(losses, counts, strict=True))
+    error = math.sqrt(len(counts) / (len(counts) - 1) * squares) / total
+    value = math.exp(mean)
+    return {"value": round(value, 4), "stderr": round(value * error, 4), "num": len(counts)}
 
 
 @torch.no_grad()

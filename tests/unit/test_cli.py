@@ -61,6 +61,9 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
         (["run", "nowhere"], "nowhere: no such file or folder"),
         (["check", "recipe/none.yaml"], "none.yaml: no such file"),
         (["evals", "recipe"], "no run of recipe is whole yet"),
+        (["eval", "nowhere", "--suite", "recipe/evals.yaml"], "nowhere: no such folder and no Hub id"),
+        (["eval", "recipe", "--suite", "recipe/sft.yaml"], "stage: found sft, wanted evals"),
+        (["eval", "recipe", "--suite", "recipe/evals.yaml"], "recipe: no config.json"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -112,7 +115,7 @@ def test_help_is_there(command: Command, words: list[str]) -> None:
 
 def test_help_names_every_command(command: Command) -> None:
     text = command("smol-post", "--help").stdout
-    for word in ("run", "long-context", "mid", "sft", "apo", "merge", "evals", "report", "check"):
+    for word in ("run", "long-context", "mid", "sft", "apo", "merge", "evals", "eval", "report", "check"):
         assert f"  {word} " in text
 
 
