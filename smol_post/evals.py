@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ _CODE = (
     "encoding.py",
     "model.py",
     "export.py",
+    "harness.py",
 )
 _WITHOUT_YARN = {"yarn_context": None, "yarn_needle_tokens": []}
 
@@ -60,19 +61,39 @@ def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job]) -> None:
     todo: list[tuple[Path, EvalsRecipe, Path, dict[str, Any]]] = []
     for name, stage, folder, digest in checkpoints(jobs):
         ours = recipe if folder == jobs[-1].run_dir else recipe.model_copy(update=_WITHOUT_YARN)
-        suite = manifest.digest_tree({"recipe": ours.model_dump(), "code": code})
+        suite = manifest.digest_tree({"recipe": _what(ours), "code": code})
         about = {"run": name, "stage": stage, "checkpoint_digest": digest, "suite_digest": suite}
         path = jobs[0].run_dir.parent / "evals" / f"{name}.json"
         if path.is_file() and about.items() <= json.loads(path.read_text()).items():
             say(f"evals: {name}: kept, same checkpoint and suite")
         else:
             todo.append((folder, ours, path, about))
+    if todo and recipe.harness:
+        from smol_post import harness
+
+        for asked in recipe.harness:
+            harness.find(asked)  # an unknown task is refused now, not after hours
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_workers = min(num_cores // (recipe.num_threads or num_cores), len(todo))
     # the last first: they have most to do
     if num_workers < 2 or not at_once(measure, todo[::-1], num_workers=num_workers):
         for one in todo:
             say(measure(*one))
+
+
+def _what(recipe: EvalsRecipe) -> dict[str, Any]:
+    """What a recipe measures; local task files by what is in them, not by where they are."""
+    tree = recipe.model_dump()
+    for entry in tree["harness"]:
+        entry["version"] = metadata.version("lm_eval")
+        if entry["include_path"]:
+            files = [path for path in Path(entry["include_path"]).rglob("*") if path.is_file()]
+            entry["include_path"] = {
+                str(path.relative_to(entry["include_path"])): manifest.digest_file(path)
+                for path in files
+                if path.parent.name != "__pycache__"
+            }
+    return tree
 
 
 def at_once(call: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *, num_workers: int) -> bool:
@@ -159,6 +180,10 @@ def evaluate(folder: Path, recipe: EvalsRecipe) -> tuple[dict[str, Any], list[di
     needles(recipe.needle_tokens, recipe.num_needle_questions)
     chats, samples = evaluate_chats(lm, tokenizer, recipe)
     metrics |= chats
+    for asked in recipe.harness:
+        from smol_post import harness
+
+        metrics |= harness.evaluate(lm, tokenizer, asked, date_string=recipe.date_string)
     rope = getattr(lm.config, "rope_parameters", None) or {}
     if recipe.yarn_context and rope.get("rope_type") == "default":
         longer = [length for length in recipe.yarn_needle_tokens if length not in recipe.needle_tokens]

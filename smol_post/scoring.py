@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from smol_post import chat, synthetic
 
 Metric = dict[str, float]
+THINK, END_THINK = "<think>", "</think>"
 _THINK = re.compile(r"\s*<think>\s*\S.*?</think>(?P<answer>.*)", re.DOTALL)
 
 
@@ -52,6 +53,18 @@ def well_formed(text: str, mode: str, *, ended: bool) -> str | None:
         text = match["answer"]
     answer = text.strip()
     return answer if answer and "<think>" not in answer and "</think>" not in answer else None
+
+
+def answer(text: str, *, opened: bool = False) -> str:
+    r"""What follows the thought; "" where a thought never ends. `opened`: by the prompt, not by the text.
+
+    >>> answer("<think>\n1+1=2\n</think>\n2"), answer("<think>\n1+1=2"), answer(" 2")
+    ('2', '', ' 2')
+    """
+    _, ended, after = text.rpartition(END_THINK)
+    if ended or THINK in text:
+        return after.partition(THINK)[0].lstrip() if ended else ""
+    return "" if opened else text
 
 
 @torch.no_grad()
