@@ -147,7 +147,8 @@ def evaluate(argv: list[str]) -> int:
     width = max(map(len, metrics))
     say(f"{'metric':<{width}} {'value':>10} {'error':>9} {'number':>7}")
     for name, one in metrics.items():
-        say(f"{name:<{width}} {one['value']:>10.4f} {one['stderr']:>9.4f} {one['num']:>7,}")
+        error = "" if one["stderr"] is None else f"{one['stderr']:.4f}"
+        say(f"{name:<{width}} {one['value']:>10.4f} {error:>9} {one['num']:>7,}")
     return EXIT_OK
 
 

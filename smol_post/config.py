@@ -334,6 +334,32 @@ class Texts(Strict):
     max_tokens: int = Field(gt=1)
 
 
+class Harness(Strict):
+    """Tasks of lm-eval, each in every mode asked that a checkpoint has.
+
+    base: text without a chat template. num_fewshot, max_new_tokens: None is the task's own. temperature: None
+    is greedy decoding. limit: the first documents only. include_path: a folder with task files of one's own,
+    counted from the recipe's; their data files count from that folder.
+    """
+
+    tasks: list[str] = Field(min_length=1)
+    modes: list[Literal["base", "think", "no_think"]] = Field(min_length=1)
+    num_fewshot: int | None = Field(default=None, ge=0)
+    limit: int | None = Field(default=None, gt=0)
+    max_new_tokens: int | None = Field(default=32768, gt=0)
+    temperature: float | None = Field(default=0.6, gt=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    batch_size: int = Field(default=1, gt=0)
+    seed: int = 1234  # of few-shot examples and sampling; lm-eval's own
+    include_path: str | None = None
+
+    @model_validator(mode="after")
+    def _top_p_of_samples(self) -> "Harness":
+        if self.temperature is None and "top_p" in self.model_fields_set:
+            raise ValueError("top_p: decoding is greedy without a temperature; remove it")
+        return self
+
+
 class EvalsRecipe(Strict):
     """What is measured on every checkpoint of the chain; `yarn_...`: on its last run, with YaRN and without.
 
@@ -365,6 +391,16 @@ class EvalsRecipe(Strict):
     batch_size: int = Field(default=64, gt=0)
     date_string: str = "01 July 2025"
     num_samples: int = Field(default=2, ge=0)
+    harness: list[Harness] = []  # standard benchmarks, by lm-eval
+
+    @model_validator(mode="after")
+    def _each_task_once(self) -> "EvalsRecipe":
+        seen: set[tuple[str, str]] = set()
+        for pair in [(task, mode) for one in self.harness for task in one.tasks for mode in one.modes]:
+            if pair in seen:
+                raise ValueError(f"harness: task '{pair[0]}' is asked twice in mode {pair[1]}; remove one")
+            seen.add(pair)
+        return self
 
     @model_validator(mode="after")
     def _whole_yarn(self) -> "EvalsRecipe":
@@ -408,6 +444,9 @@ class EvalsRecipe(Strict):
                 "probes": [one.model_copy(update={"haystack": whole(one.haystack)}) for one in self.probes],
                 "perplexity": [one.model_copy(update={"path": whole(one.path)}) for one in self.perplexity],
                 "turn_prompts": whole(self.turn_prompts),
+                "harness": [
+                    one.model_copy(update={"include_path": whole(one.include_path)}) for one in self.harness
+                ],
             }
         )
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ _CODE = (
     "encoding.py",
     "model.py",
     "export.py",
+    "harness.py",
 )
 WITHOUT_YARN = {"yarn_context": None, "yarn_needle_tokens": []}
 
@@ -64,13 +65,18 @@ def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job], *, only: str | None =
             continue
         ours = recipe if folder == jobs[-1].run_dir else recipe.model_copy(update=WITHOUT_YARN)
         files = [manifest.digest_file(Path(path)) for path in ours.files()]
-        suite = manifest.digest_tree({"recipe": ours.model_dump(), "code": code, "files": files})
+        suite = manifest.digest_tree({"recipe": _what(ours), "code": code, "files": files})
         about = {"run": name, "stage": stage, "checkpoint_digest": digest, "suite_digest": suite}
         path = jobs[0].run_dir.parent / "evals" / f"{name}.json"
         if path.is_file() and about.items() <= json.loads(path.read_text()).items():
             say(f"evals: {name}: kept, same checkpoint and suite")
         else:
             todo.append((folder, ours, path, about))
+    if todo and recipe.harness:
+        from smol_post import harness
+
+        for asked in recipe.harness:
+            harness.find(asked)  # an unknown task is refused now, not after hours
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_workers = min(num_cores // (recipe.num_threads or num_cores), len(todo))
     # the last first: they have most to do
@@ -105,12 +111,28 @@ def hold(recipe: EvalsRecipe, jobs: Sequence[Job], job: Job) -> None:
             if limit is not None
         )
         if not found[name]["passed"]:
-            short.append(f"{name} is {metric['value']:g} +- {metric['stderr']:g}, wanted {wanted}")
+            error = "" if metric["stderr"] is None else f" +- {metric['stderr']:g}"
+            short.append(f"{name} is {metric['value']:g}{error}, wanted {wanted}")
     about = {"digest": result["checkpoint_digest"], "passed": not short, "gates": found}
     manifest.write_json(path, about | {"short": short})
     if short:
         raise Failure(f"{job.name} falls short: {'; '.join(short)}; the run is kept, the chain stops here")
     say(f"{job.name}: passed {len(found)} gates")
+
+
+def _what(recipe: EvalsRecipe) -> dict[str, Any]:
+    """What a recipe measures; local task files by what is in them, not by where they are."""
+    tree = recipe.model_dump()
+    for entry in tree["harness"]:
+        entry["version"] = metadata.version("lm_eval")
+        if entry["include_path"]:
+            files = [path for path in Path(entry["include_path"]).rglob("*") if path.is_file()]
+            entry["include_path"] = {
+                str(path.relative_to(entry["include_path"])): manifest.digest_file(path)
+                for path in files
+                if path.parent.name != "__pycache__"
+            }
+    return tree
 
 
 def at_once(call: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *, num_workers: int) -> bool:
@@ -250,6 +272,12 @@ def evaluate(
                 )
             except ValueError as error:
                 raise Refusal(f"{texts.path}: {error}; give more text or a smaller max_tokens") from None
+    for asked in recipe.harness:
+        from smol_post import harness
+
+        if also := [mode for mode in asked.modes if mode == "base" or mode in modes]:
+            asked = asked.model_copy(update={"modes": also})
+            metrics |= harness.evaluate(lm, tokenizer, asked, date_string=recipe.date_string)
     rope = getattr(lm.config, "rope_parameters", None) or {}
     if recipe.yarn_context and rope.get("rope_type") == "default":
         longer = [length for length in recipe.yarn_needle_tokens if length not in recipe.needle_tokens]

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,14 @@ def check_names(recipe: config.Recipe, path: Path) -> None:
             ("arithmetic_questions", recipe.arithmetic_options),
             ("preference_pairs", recipe.preference_options),
         ]
+        if recipe.harness and find_spec("lm_eval") is None:
+            raise Refusal(f"{path}: harness: lm-eval is not installed; pip install 'smol_post[eval]'")
+        for one in recipe.harness:
+            if one.include_path and not Path(one.include_path).is_dir():
+                raise Refusal(
+                    f"{path}: harness: include_path: no such folder {one.include_path}; "
+                    "give one with task files, counted from the recipe's folder"
+                )
     for name, given in options:
         try:
             synthetic.check_options(name, given)

@@ -33,7 +33,7 @@ PURPOSE = {
     "apo": "Moves probability from rejected to chosen answers (APO-zero), in both modes.",
     "merge": "Averages the APO checkpoints, then mixes in a little of the long-context checkpoint.",
 }
-LOWER_IS_BETTER = ("perplexity", "loss", "nll")
+LOWER_IS_BETTER = ("perplexity", "loss", "nll", "bits_per_byte", "brier")
 SAMPLES_PER_MODE = 2
 LIMITS = {"min": "at least", "max": "at most"}
 DASH, PLUS_MINUS = "\u2013", "\u00b1"

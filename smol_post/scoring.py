@@ -22,6 +22,7 @@ from smol_post.config import FILES, Source
 from smol_post.refusal import Refusal, describe
 
 Metric = dict[str, float]
+THINK, END_THINK = "<think>", "</think>"
 _THINK = re.compile(r"\s*<think>\s*\S.*?</think>(?P<answer>.*)", re.DOTALL)
 _OPENED = re.compile(r"<think>\s*(</think>\s*)?\Z")  # what a template may write before the model speaks
 _EMPTY = re.compile(r"\s*<think>\s*</think>")
@@ -74,6 +75,18 @@ def obeys(prompt: str, text: str, mode: str, *, ended: bool) -> bool:
     turn = (begun[0] if begun else "") + text
     empty = _EMPTY.match(turn) if mode == "no_think" else None
     return well_formed(turn[empty.end() :] if empty else turn, mode, ended=ended) is not None
+
+
+def answer(text: str, *, opened: bool = False) -> str:
+    r"""What follows the thought; "" where a thought never ends. `opened`: by the prompt, not by the text.
+
+    >>> answer("<think>\n1+1=2\n</think>\n2"), answer("<think>\n1+1=2"), answer(" 2")
+    ('2', '', ' 2')
+    """
+    _, ended, after = text.rpartition(END_THINK)
+    if ended or THINK in text:
+        return after.partition(THINK)[0].lstrip() if ended else ""
+    return "" if opened else text
 
 
 @torch.no_grad()
