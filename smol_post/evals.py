@@ -59,12 +59,12 @@ def checkpoints(jobs: Sequence[Job]) -> Iterator[tuple[str, str, Path, str]]:
 def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job], *, only: str | None = None) -> None:
     """Measure what has no valid result yet (`only` this run); one line and one file a checkpoint."""
     code = [resources.files("smol_post").joinpath(name).read_text() for name in _CODE]
+    files = [manifest.digest_file(Path(path)) for path in recipe.files()]
     todo: list[tuple[Path, EvalsRecipe, Path, dict[str, Any]]] = []
     for name, stage, folder, digest in checkpoints(jobs):
         if only not in (None, name):
             continue
         ours = recipe if folder == jobs[-1].run_dir else recipe.model_copy(update=WITHOUT_YARN)
-        files = [manifest.digest_file(Path(path)) for path in ours.files()]
         suite = manifest.digest_tree({"recipe": _what(ours), "code": code, "files": files})
         about = {"run": name, "stage": stage, "checkpoint_digest": digest, "suite_digest": suite}
         path = jobs[0].run_dir.parent / "evals" / f"{name}.json"

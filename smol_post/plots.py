@@ -76,7 +76,9 @@ def draw_sweep(axes: Any, runs: list[Point]) -> bool:
     for sweep in sweeps[:1]:
         weights = [one["weight"] for one in sweep]
         for index, name in enumerate(name for name in sweep[0]["metrics"] if not name.startswith("mode")):
-            values, errors = ([one["metrics"][name][key] for one in sweep] for key in ("value", "stderr"))
+            values, errors = (
+                [one["metrics"][name][key] or 0 for one in sweep] for key in ("value", "stderr")
+            )
             axes.errorbar(
                 weights, values, errors, label=name, color=SERIES[index % 8], marker="osD^vP*X"[index % 8]
             )

@@ -16,14 +16,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from smol_post import batches, manifest
 from smol_post.data import Prepared
 from smol_post.documents import folder_of, once
 from smol_post.refusal import Refusal
-from smol_post.trainers import add_scoring, answer_log_probs
+from smol_post.trainers import SHARDED, add_scoring, answer_log_probs
 
 Rounding = Literal["nothing", "products", "parameters"]
 FOLDER = "reference"
@@ -95,8 +95,7 @@ def rounding_of(accelerator: Accelerator) -> Rounding:
     """What training rounds to bfloat16: products under autocast; FSDP and ZeRO have rounded parameters."""
     if accelerator.mixed_precision == "no":
         return "nothing"
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    return "parameters" if sharded else "products"
+    return "parameters" if accelerator.distributed_type in SHARDED else "products"
 
 
 @contextlib.contextmanager

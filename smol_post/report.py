@@ -90,11 +90,13 @@ def metric_table(points: list[Point]) -> Table:
         for point, row in zip(points, rows, strict=True):
             value, error = point.metric(name), point.metric(name, "stderr")
             is_best = None not in (value, best) and not point.note and number(value) == best
-            row.append(
-                Cell(number(value), f"{PLUS_MINUS} {number(error)}" if error is not None else "", is_best)
-            )
+            row.append(_measured(value, error, best=is_best))
     groups = [(title, sum(rank_metric(n)[0] == index for n in names)) for index, title in enumerate(GROUPS)]
     return Table(["checkpoint", *names], rows, groups=(("", 1), *(g for g in groups if g[1])))
+
+
+def _measured(value: float | None, error: float | None, *, best: bool = False) -> Cell:
+    return Cell(number(value), "" if error is None else f"{PLUS_MINUS} {number(error)}", best)
 
 
 def _best(points: list[Point], name: str) -> str | None:
@@ -150,18 +152,8 @@ def gates_table(runs: list[Point]) -> Table:
             limits = [f"{word} {number(gate[key])}" for key, word in LIMITS.items() if gate[key] is not None]
             measured = gate.get("value") is not None
             verdict = ("passed" if gate["passed"] else "failed") if measured else "not measured"
-            found = Cell(
-                number(gate.get("value")), f"{PLUS_MINUS} {number(gate['stderr'])}" if measured else ""
-            )
-            rows.append(
-                [
-                    Cell("" if position else run.name),
-                    Cell(name),
-                    Cell(verdict),
-                    Cell(" and ".join(limits)),
-                    found,
-                ]
-            )
+            texts = ["" if position else run.name, name, verdict, " and ".join(limits)]
+            rows.append([*map(Cell, texts), _measured(gate.get("value"), gate.get("stderr"))])
     return Table(["run", "metric", "gate", "wanted", "found"], rows, num_text_columns=4)
 
 
@@ -172,13 +164,10 @@ def sweep_table(runs: list[Point]) -> Table:
     rows = []
     for run, one in sweeps:
         verdict = "chosen" if one["chosen"] else "" if one["keeps"] else "loses too much"
-        cells = [_measured(one["metrics"].get(name)) for name in names]
+        found = [one["metrics"].get(name) or {} for name in names]
+        cells = [_measured(metric.get("value"), metric.get("stderr")) for metric in found]
         rows.append([Cell(f"{run.name} {one['weight']:g}", verdict), *cells])
     return Table(["long-context weight", *names], rows)
-
-
-def _measured(metric: dict[str, float] | None) -> Cell:
-    return Cell(number(metric["value"]), f"{PLUS_MINUS} {number(metric['stderr'])}") if metric else Cell(DASH)
 
 
 def ledger_table(runs: list[Point], kind: str) -> Table:
@@ -243,14 +232,12 @@ def compare_table(left: Point, right: Point) -> Table:
         if values != [None, None]:
             rows.append([Cell("training"), Cell(key), *map(Cell, map(number, values)), Cell("")])
     for name in metric_names([left, right]):
-        cells, (a, b) = [], ([one.metric(name, key) for key in ("value", "stderr")] for one in (left, right))
-        for value, error in (a, b):
-            cells.append(Cell(number(value), f"{PLUS_MINUS} {number(error)}" if error is not None else ""))
+        a, b = ([one.metric(name, key) for key in ("value", "stderr")] for one in (left, right))
         text = ""
         if a[0] is not None and b[0] is not None:
             change, spread = b[0] - a[0], math.hypot(a[1] or 0, b[1] or 0)
             text = f"{change:+.3f}" + (f" ({abs(change) / spread:.1f} errors)" if spread else "")
-        rows.append([Cell("evals"), Cell(name), *cells, Cell(text)])
+        rows.append([Cell("evals"), Cell(name), _measured(*a), _measured(*b), Cell(text)])
     return Table(["", "", left.name, right.name, "difference"], rows, num_text_columns=2)
 
 

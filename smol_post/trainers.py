@@ -35,7 +35,7 @@ FEW_LOGITS = 2**20
 # accelerate asks twice a step whether an optimiser is installed, and searches sys.path for it each time.
 accelerate.optimizer.is_lomo_available = functools.cache(accelerate.optimizer.is_lomo_available)
 
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def add_scoring(lm: PreTrainedModel) -> None:
@@ -152,7 +152,7 @@ class Exact:
 
         TRL's own way for checkpoints on the way, which engines resume from.
         """
-        if _internal_call or self.accelerator.distributed_type not in _SHARDED:  # type: ignore[attr-defined]
+        if _internal_call or self.accelerator.distributed_type not in SHARDED:  # type: ignore[attr-defined]
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
         else:
             self._save(output_dir, state_dict=_whole_state(self.accelerator, self.model_wrapped))  # type: ignore[attr-defined]
