@@ -14,7 +14,7 @@ comma := ,
 EXTRAS := dev$(comma)eval$(if $(filter Linux,$(SYSTEM)),$(comma)deepspeed)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline prepare $(STAGES) evals report check test bench format clean
+.PHONY: help setup pipeline prepare $(STAGES) evals report check test bench reproduce format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+( [a-z-]+)*:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ test: $(READY)  ## every test, the slow ones too
 
 bench: $(READY)  ## measure against the peers; benchmarks/results
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks.run $(ARGS)
+
+reproduce: $(READY)  ## tiny and its ablations over three seeds, an hour or two; docs/reproduction.md
+	$(BIN)/python -m benchmarks.reproduction $(ARGS)
 
 format: $(READY)  ## format and fix what ruff can
 	$(BIN)/ruff format .

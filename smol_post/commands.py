@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from smol_post import config, hub, manifest, runner
+from smol_post import config, hub, loading, manifest, runner
 from smol_post.plan import Job, check_names, default_run_root, make_plan, say
 from smol_post.refusal import Failure, Refusal, did_you_mean
 from smol_post.runner import EXIT_OK, Parser, refuse
@@ -66,7 +66,7 @@ def run(argv: list[str]) -> int:
     code = runner.execute_all(jobs, separate=True, after=after)
     if code or arguments.until:
         return code
-    if config.load_pipeline(folder).evals and (code := evals(rest)):
+    if loading.load_pipeline(folder).evals and (code := evals(rest)):
         return code
     code = report(rest)
     say(f"model: {jobs[-1].run_dir}")
@@ -75,7 +75,7 @@ def run(argv: list[str]) -> int:
 
 def load_evals(folder: Path, pairs: list[str] | None = None) -> config.EvalsRecipe | None:
     """The evals recipe that a pipeline names, checked; None where it names none."""
-    name = config.load_pipeline(folder).evals
+    name = loading.load_pipeline(folder).evals
     if name is None:
         return None
     return load_suite(folder / name, pairs)
@@ -83,7 +83,7 @@ def load_evals(folder: Path, pairs: list[str] | None = None) -> config.EvalsReci
 
 def load_suite(path: Path, pairs: list[str] | None = None) -> config.EvalsRecipe:
     """An evals recipe, checked."""
-    recipe = config.load_recipe(path, arguments=pairs)
+    recipe = loading.load_recipe(path, arguments=pairs)
     if not isinstance(recipe, config.EvalsRecipe):
         raise Refusal(f"{path}: stage: found {recipe.stage}, wanted evals")
     check_names(recipe, path)
@@ -171,7 +171,7 @@ def report(argv: list[str]) -> int:
     arguments = _parser("report", "Write report.html and report.md of a run folder.").parse_args(argv)
     folder = Path(arguments.recipe)
     try:
-        pipeline = config.load_pipeline(folder)
+        pipeline = loading.load_pipeline(folder)
         root = arguments.run_dir or default_run_root(folder)
         from smol_post.report import write_report
 
@@ -215,9 +215,9 @@ def check(argv: list[str]) -> int:
             checked = sorted(where.glob("*.yaml"))
             for path in checked:
                 if path.name != "pipeline.yaml":
-                    config.load_recipe(path)
+                    loading.load_recipe(path)
         else:
-            check_names(config.load_recipe(where), where)
+            check_names(loading.load_recipe(where), where)
             checked = [where]
     except Refusal as refusal:
         return refuse(refusal)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smol_post import config, manifest, runner
+from smol_post import loading, manifest, runner
 from smol_post.config import EvalsRecipe, MergeGate, MergeRecipe
 from smol_post.refusal import Refusal, did_you_mean
 
@@ -91,7 +91,7 @@ def sweep(
     """
     from smol_post import evals
 
-    suite = config.load_recipe(job.recipe_file.parent / gate.suite)
+    suite = loading.load_recipe(job.recipe_file.parent / gate.suite)
     assert isinstance(suite, EvalsRecipe)  # `plan.check_names`
     suite = suite.model_copy(update={"seed": gate.seed, "num_samples": 0, **evals.WITHOUT_YARN})
     candidates: list[dict[str, Any]] = []

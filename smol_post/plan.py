@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from smol_post import chat, config, hub, manifest, synthetic
+from smol_post import chat, config, hub, loading, manifest, synthetic
 from smol_post.refusal import Refusal, did_you_mean
 
 CACHE = "cache"  # of prepared data, beside the runs that use it
@@ -100,7 +100,7 @@ def make_plan(
     folder = where if where.is_dir() else where.parent
     if not where.exists():
         raise Refusal(f"{where}: no such file or folder; give a recipe such as recipes/tiny/sft.yaml")
-    pipeline = config.load_pipeline(folder)
+    pipeline = loading.load_pipeline(folder)
     entries = pipeline.runs
     if where.is_file():
         entries = [entry for entry in entries if (folder / entry.recipe).resolve() == where.resolve()]
@@ -130,7 +130,7 @@ def _stages(entries: list[config.Entry]) -> str:
 
 
 def _job(folder: Path, entry: config.Entry, root: Path, arguments: list[str]) -> Job:
-    recipe = config.load_entry(folder, entry, arguments=arguments)
+    recipe = loading.load_entry(folder, entry, arguments=arguments)
     check_names(recipe, folder / entry.recipe)
     return Job(entry.name, recipe, folder / entry.recipe, root / entry.name, entry.parents)
 
@@ -142,7 +142,7 @@ def check_names(recipe: config.Recipe, path: Path) -> None:
         chat.load_template(template, folder=path.parent)
     if isinstance(recipe, config.MergeRecipe) and recipe.gate:
         suite = path.parent / recipe.gate.suite
-        if not isinstance(inner := config.load_recipe(suite), config.EvalsRecipe):
+        if not isinstance(inner := loading.load_recipe(suite), config.EvalsRecipe):
             raise Refusal(f"{path}: gate.suite: {suite} is of stage {inner.stage}, wanted evals")
         check_names(inner, suite)
     options = [(one.generator, one.options) for one in getattr(recipe, "sources", []) if one.generator]

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from smol_post import config, manifest
+from smol_post import config, loading, manifest
 from smol_post.plan import (
     Job,
     Parent,
@@ -63,7 +63,7 @@ def fingerprint(job: Job, parents: list[Parent]) -> str:
         files["template"] = manifest.digest_file(config.local_path(template, job.recipe_file.parent))
     if recipe.get("gate"):
         suite = job.recipe_file.parent / recipe["gate"]["suite"]
-        inner: Any = config.load_recipe(suite)
+        inner: Any = loading.load_recipe(suite)
         files |= {str(one): manifest.digest_file(Path(one)) for one in [suite, *inner.files()]}
     content = {"stage": job.recipe.stage, "recipe": recipe, "parents": [one.digest for one in parents]}
     return manifest.digest_tree({**content, "files": sorted(files.values()), "smol_post": _version()})

@@ -304,8 +304,7 @@ def test_an_error_ends_the_other_workers(said: list[Any]) -> None:
     with pytest.raises(ZeroDivisionError):
         evals.at_once(
             eval,
-            [("3",), ("__import__('time').sleep(100)",), ("__import__('time').sleep(1) or 1 / 0",)]
-            + [("__import__('time').sleep(100)",)],
+            [("3",), *((f"__import__('time').sleep({s}) or 1 / 0",) for s in (100, 1, 100))],
             num_workers=2,
         )
     assert time.monotonic() - started < 60

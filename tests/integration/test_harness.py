@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from smol_post import chat, config, evals, model, plan
+from smol_post import chat, config, evals, loading, model, plan
 from smol_post.refusal import Refusal
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ metric_list: [{metric: acc}]
 def entry(folder: Path, **changes: Any) -> config.Harness:
     given = {"tasks": ["sums"], "modes": ["think", "no_think"], "include_path": str(folder)}
     tree = {**given, "max_new_tokens": 24, "temperature": None, "batch_size": 2, **changes}
-    return config.validate(config.Harness, tree, where="evals.yaml")
+    return loading.validate(config.Harness, tree, where="evals.yaml")
 
 
 def prompt(tokenizer: Any, question: str, *, thinking: bool) -> str:
@@ -178,7 +178,7 @@ def test_evals_has_the_metrics_in_our_shape(checkpoint: Path, tasks: Path) -> No
         entry(tasks, tasks=["sums_choices"], modes=["base", "no_think"], limit=1),
     ]
     tree = {"stage": "evals", "num_threads": 1, "needle_tokens": [], "num_arithmetic_questions": 0}
-    recipe = config.validate(
+    recipe = loading.validate(
         config.EvalsRecipe,
         {**tree, "num_preference_pairs": 0, "harness": [one.model_dump(exclude_unset=True) for one in asked]},
         where="evals.yaml",
@@ -274,7 +274,7 @@ def test_an_unknown_task_is_refused_with_the_nearest(loaded: tuple[Any, Any], ta
 def test_lm_eval_has_the_tasks_of_the_example(repo: Path) -> None:
     from smol_post import harness
 
-    recipe = config.load_recipe(repo / "recipes" / "smollm3" / "harness.yaml")
+    recipe = loading.load_recipe(repo / "recipes" / "smollm3" / "harness.yaml")
     assert isinstance(recipe, config.EvalsRecipe)
     for asked in recipe.harness:
         harness.find(asked)
@@ -318,16 +318,16 @@ def test_the_folder_counts_from_the_recipe_and_must_be_there(tasks: Path) -> Non
     path = tasks.parent / "evals.yaml"
     tree = "stage: evals\nharness: [{tasks: [sums], modes: [think], include_path: %s}]\n"
     path.write_text(tree % tasks.name)
-    recipe = config.load_recipe(path)
+    recipe = loading.load_recipe(path)
     plan.check_names(recipe, path)
     assert isinstance(recipe, config.EvalsRecipe)
     assert recipe.harness[0].include_path == str(tasks)
     path.write_text(tree % "nowhere")
     with pytest.raises(Refusal, match=r"include_path: no such folder .*nowhere"):
-        plan.check_names(config.load_recipe(path), path)
+        plan.check_names(loading.load_recipe(path), path)
     path.write_text("stage: evals\nharness: [{tasks: [sums, sums], modes: [think]}]\n")
     with pytest.raises(Refusal, match="'sums' is asked twice in mode think"):
-        config.load_recipe(path)
+        loading.load_recipe(path)
 
 
 def test_results_are_of_the_task_files_wherever_they_are(tasks: Path, tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ from pathlib import Path
 from smol_post import config, plan, refusal
 path = Path({str(path)!r})
 try:
-    recipe = config.load_recipe(path)
+    recipe = loading.load_recipe(path)
     plan.check_names(recipe, path)
     from smol_post import harness
 except refusal.Refusal as error:

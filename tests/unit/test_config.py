@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from smol_post import commands, config
+from smol_post import commands, config, loading
 from smol_post.plan import make_plan
 from smol_post.refusal import Refusal
 
@@ -18,14 +18,14 @@ SFT = "sft.yaml"
 def edit(path: Path, **changes: Any) -> None:
     tree = yaml.safe_load(path.read_text())
     for key, value in changes.items():
-        config.apply_override(tree, key.split("__"), value)
+        loading.apply_override(tree, key.split("__"), value)
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
 
 
 def refusal(folder: Path, **changes: Any) -> str:
     edit(folder / SFT, **changes)
     with pytest.raises(Refusal) as caught:
-        config.load_recipe(folder / SFT)
+        loading.load_recipe(folder / SFT)
     message = str(caught.value)
     assert message.startswith(f"{folder / SFT}:")
     assert "\n" not in message
@@ -79,21 +79,21 @@ def test_a_misspelt_key_that_must_be_there_is_named_as_it_is_written(recipe_fold
     path = recipe_folder / SFT
     path.write_text(path.read_text().replace("max_tokens:", "max_token:"))
     with pytest.raises(Refusal, match="max_token: unknown key; did you mean 'max_tokens'"):
-        config.load_recipe(path)
+        loading.load_recipe(path)
 
 
 def test_a_number_that_yaml_reads_as_text_is_told_how_to_write_it(recipe_folder: Path) -> None:
     path = recipe_folder / "long_context_1.yaml"
     path.write_text(path.read_text().replace("1500000.0", "1e-6"))
     with pytest.raises(Refusal, match=r"rope_theta: found .1e-6.*write 1\.0e-06"):
-        config.load_recipe(path)
+        loading.load_recipe(path)
 
 
 def test_a_key_given_twice_is_refused_with_its_line(recipe_folder: Path) -> None:
     path = recipe_folder / SFT
     path.write_text(path.read_text() + "num_steps: 9\n")
     with pytest.raises(Refusal, match=r"'num_steps' is given twice") as caught:
-        config.load_recipe(path)
+        loading.load_recipe(path)
     number = re.search(r"line (\d+):", str(caught.value))
     assert number is not None
     assert "num_steps" in path.read_text().splitlines()[int(number[1]) - 1]
@@ -104,7 +104,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
     path = tmp_path / "odd.yaml"
     path.write_text(text)
     with pytest.raises(Refusal, match=r"odd\.yaml"):
-        config.load_recipe(path)
+        loading.load_recipe(path)
 
 
 def test_the_whole_test_recipe_is_valid(recipe_folder: Path) -> None:
@@ -112,7 +112,7 @@ def test_the_whole_test_recipe_is_valid(recipe_folder: Path) -> None:
 
 
 def test_overrides_come_last_and_reach_into_lists(recipe_folder: Path) -> None:
-    recipe = config.load_recipe(
+    recipe = loading.load_recipe(
         recipe_folder / SFT,
         overrides={"seed": 1, "num_steps": 7},
         arguments=[
@@ -143,7 +143,7 @@ def test_overrides_come_last_and_reach_into_lists(recipe_folder: Path) -> None:
 )
 def test_a_wrong_override_is_refused(recipe_folder: Path, argument: str, message: str) -> None:
     with pytest.raises(Refusal, match=message):
-        config.load_recipe(recipe_folder / SFT, arguments=[argument])
+        loading.load_recipe(recipe_folder / SFT, arguments=[argument])
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_wrong_pipeline_is_refused(
     next(entry for entry in tree["runs"] if entry["name"] == run).update(changes)
     path.write_text(yaml.safe_dump(tree))
     with pytest.raises(Refusal, match=message) as caught:
-        config.load_pipeline(recipe_folder)
+        loading.load_pipeline(recipe_folder)
     assert str(path) in str(caught.value)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from smol_post import commands, config, evals, probes, scoring
+from smol_post import commands, config, evals, loading, probes, scoring
 
 Build = Callable[..., Any]
 KINDS = ("single", "multi_key", "multi_value")
@@ -22,7 +22,7 @@ STORY = "Zoë paid 12 €: the café was shut 🙂 at noon. 東京 is far. " * 3
 
 
 def probe(kind: str = "single", **changes: Any) -> config.Probe:
-    return config.validate(config.Probe, {"kind": kind, "lengths": [512], **changes}, where="evals.yaml")
+    return loading.validate(config.Probe, {"kind": kind, "lengths": [512], **changes}, where="evals.yaml")
 
 
 def question(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from smol_post import config
+from smol_post import config, loading
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FOLDERS = sorted(path.parent for path in RECIPES.glob("*/pipeline.yaml"))
@@ -52,7 +52,7 @@ DIFFERENCES = {
 
 
 def tree(folder: str, name: str) -> dict[str, Any]:
-    return config.read_yaml(RECIPES / folder / name)
+    return loading.read_yaml(RECIPES / folder / name)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
@@ -75,7 +75,7 @@ def test_the_recipes_of_the_real_models_are_there() -> None:
 
 @pytest.mark.parametrize("folder", ["smollm3", "smollm3-as-published"])
 def test_sft_has_the_25_published_splits_in_order_with_their_weights(folder: str) -> None:
-    recipe = config.load_recipe(RECIPES / folder / "sft.yaml")
+    recipe = loading.load_recipe(RECIPES / folder / "sft.yaml")
     assert isinstance(recipe, config.SftRecipe)
     assert [(one.split, one.keep_fraction) for one in recipe.sources] == list(SFT_SPLITS.items())
     assert {(one.path, one.config, one.seed) for one in recipe.sources} == {

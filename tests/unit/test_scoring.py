@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from smol_post import config, evals, scoring, synthetic
+from smol_post import config, evals, loading, scoring, synthetic
 from smol_post.refusal import Refusal
 
 Build = Callable[..., Any]
@@ -17,7 +17,7 @@ YARN = {"yarn_context": 512, "yarn_needle_tokens": [64, 96], "num_yarn_questions
 
 
 def recipe(**changes: Any) -> config.EvalsRecipe:
-    return config.validate(config.EvalsRecipe, {**NEEDLES, **changes}, where="evals.yaml")
+    return loading.validate(config.EvalsRecipe, {**NEEDLES, **changes}, where="evals.yaml")
 
 
 def test_a_needle_is_found_if_greedy_decoding_says_it(build: Build, tokenizer: Any) -> None:
