@@ -92,8 +92,8 @@ def metric_names(points: list[Point]) -> list[str]:
     return sorted(names, key=rank_metric)
 
 
-def rank_metric(name: str) -> tuple[int, int, int, str]:
+def rank_metric(name: str) -> tuple[int, int, float, str]:
     """Where a metric stands: (group, prefix in the group, length, name)."""
     group, prefixes = next((n, g) for n, g in enumerate(GROUPS.values()) if name.startswith(g))
     prefix = next(n for n, prefix in enumerate(prefixes) if name.startswith(prefix))
-    return group, prefix, int((re.findall(r"\d+", name) or [0])[-1]), name
+    return group, prefix, float((re.findall(r"\d+(?:\.\d+)?", name) or [0])[-1]), name

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smol_post.plots import draw_loss, draw_modes, draw_needle, draw_sweep, plot
+from smol_post.plots import draw_loss, draw_modes, draw_sweep, plot
 from smol_post.points import GROUPS, Point, metric_names, rank_metric, read_points
 from smol_post.refusal import Refusal
 
@@ -35,17 +35,22 @@ PURPOSE = {
 }
 LOWER_IS_BETTER = ("perplexity", "loss", "nll", "bits_per_byte", "brier")
 SAMPLES_PER_MODE = 2
+NEEDLE = re.compile(r"(needle|single|multi_key|multi_value)_([\d.]+x?)((?:_chat|_yarn)*)")  # length: 2
 LIMITS = {"min": "at least", "max": "at most"}
 DASH, PLUS_MINUS = "\u2013", "\u00b1"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of a table: `small` stands under the text in HTML and after it in Markdown."""
+    """One entry of a table: `small` stands under the text in HTML and after it in Markdown.
+
+    `shade`, from 0 to 1, colours the cell in HTML.
+    """
 
     text: str
     small: str = ""
     best: bool = False
+    shade: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,20 @@ def _best(points: list[Point], name: str) -> str | None:
     values = [value for value in known if math.isfinite(value)]
     lower = any(word in name for word in LOWER_IS_BETTER)
     return number((min if lower else max)(values)) if len({number(value) for value in values}) > 1 else None
+
+
+def needle_table(points: list[Point]) -> Table:
+    """Checkpoints by lengths, a group of columns for each kind of needle; accuracy is the shade of a cell."""
+    found = [one for name in metric_names(points) if (one := NEEDLE.fullmatch(name))]
+    kinds = list(dict.fromkeys(one[1] + one[3] for one in found))
+    columns = [one for kind in kinds for one in found if one[1] + one[3] == kind]
+    rows = [[Cell(p.name, p.note), *(_shaded(p.metric(one[0])) for one in columns)] for p in points]
+    groups = [(kind.replace("_", " "), sum(one[1] + one[3] == kind for one in found)) for kind in kinds]
+    return Table(["checkpoint", *(one[2] for one in columns)], rows, groups=(("", 1), *groups))
+
+
+def _shaded(value: float | None) -> Cell:
+    return Cell(number(value), shade=value)
 
 
 def chain_table(runs: list[Point]) -> Table:
@@ -330,7 +349,6 @@ def write_report(run_root: Path, *, runs: Sequence[str]) -> tuple[Path, Path]:
     loss = {run.name: plot(draw_loss, [run], f"loss{position}") for position, run in enumerate(chain)}
     measured = [point for point in points if not point.note]
     plots = {
-        "Needle retrieval by length": plot(draw_needle, measured, "needle"),
         "Thinking against not thinking": plot(draw_modes, measured, "modes"),
         "Merge sweep": plot(draw_sweep, chain, "sweep"),
     }
@@ -340,12 +358,13 @@ def write_report(run_root: Path, *, runs: Sequence[str]) -> tuple[Path, Path]:
         "What each run consumed": work_table(chain), "Data by source": ledger_table(chain, "source"),
         "Data by mode": ledger_table(chain, "mode"), **origin_tables(chain),
     }  # fmt: skip
+    heat = {"Needle retrieval by length": needle_table(points)}  # the Markdown has its numbers already
     title, said, typed = f"smol_post: {run_root.name}", summary(points), commands(run_root, chain)
     folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     rules = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     page = jinja2.Environment(loader=folder, autoescape=True, **rules).get_template("report.html.jinja")
     # fmt: off
-    values = {"title": title, "summary": said, "commands": typed, "tables": tables, "plots": plots,
+    values = {"title": title, "summary": said, "commands": typed, "tables": tables | heat, "plots": plots,
               "loss": loss, "chain": chain, "points": points, "levels": levels(chain), "purpose": PURPOSE,
               "dash": DASH, "samples": samples, "duration": duration, "short": short, "dump": json.dumps}
     # fmt: on
