@@ -1,6 +1,6 @@
 """Manifests, training logs and evals of one run root -> report.html (self-contained) and report.md.
 
-    runs/tiny/<run>/manifest.json, train_log.jsonl     what was done
+    runs/tiny/<run>/manifest.json, train_log.jsonl     what was done (and verify.json, what was proved)
     runs/tiny/evals/<checkpoint>.json                  what it can do
       | read_points    a Point for each run, in the order given; merge_soup stands before merge
       | ..._table      every number becomes a Cell once, and both files print the same cells
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ class Table:
 
 def number(value: Any) -> str:
     """12345 -> 12,345; 0.98312 -> 0.983; 0.00002 -> 2e-05; 2048.71 -> 2,048.7; None -> a dash."""
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         return DASH if value is None else str(value)
     if isinstance(value, int):
         return f"{value:,}"
@@ -160,6 +161,39 @@ def work_table(runs: list[Point]) -> Table:
         cells = [*map(Cell, map(number, values)), Cell(duration(run.manifest.get("seconds")))]
         rows.append([Cell(run.name, "" if run.manifest else "not run"), *cells])
     return Table(["run", *of_data, *of_metrics, "time"], rows)
+
+
+def proof_table(runs: list[Point]) -> Table:
+    """How many proofs held before step 1 of each run, were not run, or failed; the latter by name."""
+    rows = []
+    for run in runs:
+        proofs, step = run.verified.get("proofs") or [], run.verified.get("step")
+        failed = [proof["name"] for proof in proofs if proof["status"] == "failed"]
+        counts = Counter(proof["status"] for proof in proofs)
+        level = Cell(run.verified.get("level") or "no proofs", f"from step {step}" if step else "")
+        numbers = [counts[status] if proofs else None for status in ("passed", "not run", "failed")]
+        note = f"failed: {', '.join(failed)}" if failed else ""
+        rows.append([Cell(run.name, note), level, *map(Cell, map(number, numbers))])
+    return Table(["run", "level", "passed", "not run", "failed"], rows, num_text_columns=2)
+
+
+def finding_table(runs: list[Point]) -> Table:
+    """What each proof found, or why it was not run, and what it wanted where that is not the same."""
+    rows = []
+    for run in runs:
+        for position, proof in enumerate(run.verified.get("proofs") or []):
+            found = _told(proof.get("found", proof.get("reason")))
+            wanted = _told(proof.get("wanted", ""))
+            texts = [proof["name"], proof["status"], found, "" if wanted == found else wanted]
+            rows.append([Cell("" if position else run.name), *map(Cell, texts)])
+    return Table(["run", "proof", "result", "found", "wanted"], rows, num_text_columns=5)
+
+
+def _told(found: Any) -> str:
+    """{"losses": [0.5, 1.0], "wrong": []} -> losses 0.500 1.000, wrong none."""
+    if isinstance(found, dict):
+        return ", ".join(f"{key} {_told(value)}" for key, value in found.items())
+    return (" ".join(map(_told, found)) or "none") if isinstance(found, list) else number(found)
 
 
 def gates_table(runs: list[Point]) -> Table:
@@ -298,6 +332,7 @@ def metrics_tree(points: list[Point]) -> list[dict[str, Any]]:
             "training": point.manifest.get("metrics") or {},
             "evals": point.evals.get("metrics") or {},
             "gates": point.gated.get("gates") or {},
+            "verified": point.verified,
         }
         for point in points
     ]
@@ -355,6 +390,7 @@ def write_report(run_root: Path, *, runs: Sequence[str]) -> tuple[Path, Path]:
     tables = {
         "The chain": chain_table(chain), "What each checkpoint can do": metric_table(points),
         "Gates": gates_table(chain), "Merge sweep": sweep_table(chain),
+        "Proofs before step 1": proof_table(chain), "What the proofs found": finding_table(chain),
         "What each run consumed": work_table(chain), "Data by source": ledger_table(chain, "source"),
         "Data by mode": ledger_table(chain, "mode"), **origin_tables(chain),
     }  # fmt: skip

@@ -413,6 +413,71 @@ def test_programs_get_what_the_page_says(root: Path) -> None:
     assert tree["checkpoints"][1]["digest"] == digest("sft")
 
 
+def write_proofs(root: Path, run: str, **changes: Any) -> None:
+    proofs = [
+        {"name": "documents do not see each other", "status": "passed",
+         "found": {"others by": 2e-7, "documents": 4}, "wanted": {"others by": 0.0}},
+        {"name": "head and embedding are tied", "status": "passed",
+         "found": {"tied": True}, "wanted": {"tied": True}},
+        {"name": "preference training starts at its reference", "status": "not run", "reason": "no pairs"},
+    ]  # fmt: skip
+    write_json(root / run / "verify.json", {"level": "quick", "step": 0, "proofs": proofs} | changes)
+
+
+def test_proofs_are_counted_for_each_run_and_their_findings_told(root: Path) -> None:
+    write_proofs(root, "base")
+    write_proofs(root, "sft", level="full", step=20)
+    rows = [[cell.strip() for cell in row] for row in page_of(root).rows]
+    at = rows.index(["run", "level", "passed", "not run", "failed"])
+    assert rows[at + 1 : at + 5] == [
+        ["base", "quick", "2", "1", "0"],
+        ["sft", "full from step 20", "2", "1", "0"],
+        ["apo_seed0", "no proofs", *["\u2013"] * 3],
+        ["merge", "no proofs", *["\u2013"] * 3],
+    ]
+    at = rows.index(["run", "proof", "result", "found", "wanted"])
+    assert rows[at + 1 : at + 4] == [
+        [
+            "base",
+            "documents do not see each other",
+            "passed",
+            "others by 2e-07, documents 4",
+            "others by 0.000",
+        ],
+        ["", "head and embedding are tied", "passed", "tied True", ""],
+        ["", "preference training starts at its reference", "not run", "no pairs", ""],
+    ]
+    told = (root / "report.md").read_text(encoding="utf-8").splitlines()
+    assert "| base | quick | 2 | 1 | 0 |" in told
+    assert "|  | head and embedding are tied | passed | tied True |  |" in told
+    tree = json.loads((root / "metrics.json").read_text())["checkpoints"]
+    assert [one["verified"].get("level") for one in tree] == ["quick", "full", None, None, None]
+
+
+def test_a_proof_that_failed_is_told_by_name_though_its_run_is_not_whole(root: Path) -> None:
+    failed = {"name": "embeddings are not decayed", "status": "failed",
+              "found": {"decayed": ["lm_head", "embed"]}, "wanted": {"decayed": []}}  # fmt: skip
+    write_proofs(root, "sft", proofs=[failed])
+    (root / "sft" / "manifest.json").unlink()
+    page = page_of(root)
+    assert ["sft failed: embeddings are not decayed", "quick", "0", "0", "1"] in page.rows
+    at = page.rows.index(
+        ["sft", "embeddings are not decayed", "failed", "decayed lm_head embed", "decayed none"]
+    )
+    assert [("warn" in classes.split()) for classes in page.classes[at]] == [False, False, True, False, False]
+
+
+def test_a_chain_without_proofs_says_so(root: Path) -> None:
+    assert "No proofs." in page_of(root).text
+
+
+def test_the_picture_of_the_chain_has_parents_seeds_and_digests(root: Path) -> None:
+    write_run(root, "merge", seed=7)
+    picture = " ".join(page_of(root).text.split("The chain")[1].split())
+    assert picture.startswith("base seed 0 1 min 2 s 62617365 sft from base seed 0 1 min 2 s 736674")
+    assert " merge from apo_seed0, base seed 7 1 min 2 s 6d657267 " in picture
+
+
 def test_two_runs_side_by_side(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(root, "sft", recipe={"stage": "sft", "seed": 1, "trainer": {"beta": 1.0}, "same": 2})
     write_run(
