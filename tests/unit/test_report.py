@@ -148,21 +148,21 @@ def test_needles_are_a_map_of_checkpoints_by_lengths_shaded_by_accuracy(root: Pa
     """Each kind has its own columns, by length; what was not measured has neither number nor shade."""
     values = {
         "needle_16x": 0.5,
-        "needle_1.5x": 0.25,
+        "needle_12.5x": 0.25,
         "single_8192": 1.0,
         "single_4096": 0.75,
         "needle_16x_yarn": 0.0,
     }
     found = {name: {"value": value, "stderr": 0.005} for name, value in values.items()}
-    write_evals(root, "sft", metrics=found | {"single_task": {"value": 0.1, "stderr": 0.0}})
+    write_evals(root, "sft", metrics=found | {"single_2_tasks": {"value": 0.1, "stderr": 0.0}})
     page = page_of(root)
-    at = page.rows.index(["checkpoint", "1.5x", "8x", "16x", "16x", "4096", "8192"])
+    at = page.rows.index(["checkpoint", "8x", "12.5x", "16x", "16x", "4096", "8192"])
     assert page.rows[at - 1] == ["", "needle", "needle yarn", "single"]
     assert [row[0] for row in page.rows[at + 1 : at + 6]] == list(METRICS)
     dash = "\u2013"
-    assert page.rows[at + 1] == ["base", dash, "0.812", dash, dash, dash, dash]
-    assert page.rows[at + 2] == ["sft", "0.250", dash, "0.500", "0.000", "0.750", "1.000"]
-    shades = ["--at: 25.0%", "", "--at: 50.0%", "--at: 0.0%", "--at: 75.0%", "--at: 100.0%"]
+    assert page.rows[at + 1] == ["base", "0.812", dash, dash, dash, dash, dash]
+    assert page.rows[at + 2] == ["sft", dash, "0.250", "0.500", "0.000", "0.750", "1.000"]
+    shades = ["", "--at: 25.0%", "--at: 50.0%", "--at: 0.0%", "--at: 75.0%", "--at: 100.0%"]
     assert page.styles[at + 2] == ["", *shades]
 
 
