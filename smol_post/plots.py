@@ -10,7 +10,6 @@ from typing import Any
 
 from smol_post.points import Point, metric_names
 
-NEEDLE_PLOT_STAGES = ("base", "long_context", "sft", "merge")  # nine lines would hide each other
 LOSS_POINTS = 60  # as many as the eye can tell apart at that size
 INK, GRID = "#01fe02", "#01fe03"  # stand-ins, replaced by CSS variables in the SVG
 SERIES = [f"#02fe{number:02x}" for number in range(1, 9)]
@@ -35,21 +34,6 @@ def draw_loss(axes: Any, runs: list[Point]) -> bool:
     axes.plot(steps, [*map(fmean, losses)], color=SERIES[0], marker="." if len(steps) == 1 else "")
     axes.set_xlabel("step")
     return bool(entries)
-
-
-def draw_needle(axes: Any, points: list[Point]) -> bool:
-    """Needle accuracy by length, one line a checkpoint, lengths equally far apart."""
-    names = [name for name in metric_names(points) if re.fullmatch(r"needle_\d+x", name)]
-    points = [p for p in points if p.stage in NEEDLE_PLOT_STAGES]
-    points = [p for p in points if any(p.metric(name) is not None for name in names)]
-    for index, point in enumerate(points):
-        known = [(x, point.metric(name), point.metric(name, "stderr") or 0) for x, name in enumerate(names)]
-        xs, values, errors = zip(*(entry for entry in known if entry[1] is not None), strict=True)
-        look = {"color": SERIES[index % 8], "marker": "osD^vP*X"[index % 8], "ls": "-" if index < 8 else "--"}
-        axes.errorbar(xs, values, errors, label=point.name, **look)
-    axes.set(xticks=range(len(names)), xticklabels=[name.removeprefix("needle_") for name in names])
-    axes.set(ylim=(0, 1.03), xlabel="length, in multiples of the base's", ylabel="accuracy")
-    return bool(points)
 
 
 def draw_modes(axes: Any, points: list[Point]) -> bool:

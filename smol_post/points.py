@@ -29,6 +29,7 @@ class Point:
     stage: str
     parents: dict[str, str]  # name -> digest as recorded
     gated: dict[str, Any] = field(default_factory=dict)  # what became of the gates, if they were measured
+    verified: dict[str, Any] = field(default_factory=dict)  # verify.json, of a run that is not whole too
 
     @property
     def note(self) -> str:
@@ -63,7 +64,8 @@ def read_points(run_root: Path, runs: Sequence[str]) -> list[Point]:
         stage = manifest.get("stage") or evals.get("stage") or ""
         gated = _read_json(run_root / "evals" / f"gates_{name}.json")
         gated = gated if gated.get("digest") == manifest.get("digest") else {}
-        points.append(Point(name, True, manifest, evals, log, stage, parents, gated))
+        verified = _read_json(run_root / name / "verify.json")
+        points.append(Point(name, True, manifest, evals, log, stage, parents, gated, verified))
     return points
 
 
@@ -92,8 +94,8 @@ def metric_names(points: list[Point]) -> list[str]:
     return sorted(names, key=rank_metric)
 
 
-def rank_metric(name: str) -> tuple[int, int, int, str]:
+def rank_metric(name: str) -> tuple[int, int, float, str]:
     """Where a metric stands: (group, prefix in the group, length, name)."""
     group, prefixes = next((n, g) for n, g in enumerate(GROUPS.values()) if name.startswith(g))
     prefix = next(n for n, prefix in enumerate(prefixes) if name.startswith(prefix))
-    return group, prefix, int((re.findall(r"\d+", name) or [0])[-1]), name
+    return group, prefix, float((re.findall(r"\d+(?:\.\d+)?", name) or [0])[-1]), name

@@ -1,6 +1,6 @@
 """Manifests, training logs and evals of one run root -> report.html (self-contained) and report.md.
 
-    runs/tiny/<run>/manifest.json, train_log.jsonl     what was done
+    runs/tiny/<run>/manifest.json, train_log.jsonl     what was done (and verify.json, what was proved)
     runs/tiny/evals/<checkpoint>.json                  what it can do
       | read_points    a Point for each run, in the order given; merge_soup stands before merge
       | ..._table      every number becomes a Cell once, and both files print the same cells
@@ -16,12 +16,13 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smol_post.plots import draw_loss, draw_modes, draw_needle, draw_sweep, plot
+from smol_post.plots import draw_loss, draw_modes, draw_sweep, plot
 from smol_post.points import GROUPS, Point, metric_names, rank_metric, read_points
 from smol_post.refusal import Refusal
 
@@ -35,17 +36,22 @@ PURPOSE = {
 }
 LOWER_IS_BETTER = ("perplexity", "loss", "nll", "bits_per_byte", "brier")
 SAMPLES_PER_MODE = 2
+NEEDLE = re.compile(r"(needle|single|multi_key|multi_value)_([\d.]+x?)((?:_chat|_yarn)*)")  # length: 2
 LIMITS = {"min": "at least", "max": "at most"}
 DASH, PLUS_MINUS = "\u2013", "\u00b1"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of a table: `small` stands under the text in HTML and after it in Markdown."""
+    """One entry of a table: `small` stands under the text in HTML and after it in Markdown.
+
+    `shade`, from 0 to 1, colours the cell in HTML.
+    """
 
     text: str
     small: str = ""
     best: bool = False
+    shade: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Table:
 
 def number(value: Any) -> str:
     """12345 -> 12,345; 0.98312 -> 0.983; 0.00002 -> 2e-05; 2048.71 -> 2,048.7; None -> a dash."""
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         return DASH if value is None else str(value)
     if isinstance(value, int):
         return f"{value:,}"
@@ -107,6 +113,20 @@ def _best(points: list[Point], name: str) -> str | None:
     return number((min if lower else max)(values)) if len({number(value) for value in values}) > 1 else None
 
 
+def needle_table(points: list[Point]) -> Table:
+    """Checkpoints by lengths, a group of columns for each kind of needle; accuracy is the shade of a cell."""
+    found = [one for name in metric_names(points) if (one := NEEDLE.fullmatch(name))]
+    kinds = list(dict.fromkeys(one[1] + one[3] for one in found))
+    columns = [one for kind in kinds for one in found if one[1] + one[3] == kind]
+    rows = [[Cell(p.name, p.note), *(_shaded(p.metric(one[0])) for one in columns)] for p in points]
+    groups = [(kind.replace("_", " "), sum(one[1] + one[3] == kind for one in found)) for kind in kinds]
+    return Table(["checkpoint", *(one[2] for one in columns)], rows, groups=(("", 1), *groups))
+
+
+def _shaded(value: float | None) -> Cell:
+    return Cell(number(value), shade=value)
+
+
 def chain_table(runs: list[Point]) -> Table:
     """The runs in order, with what each was made from."""
     rows, now = [], {run.name: run.manifest["digest"] for run in runs if run.manifest.get("digest")}
@@ -141,6 +161,39 @@ def work_table(runs: list[Point]) -> Table:
         cells = [*map(Cell, map(number, values)), Cell(duration(run.manifest.get("seconds")))]
         rows.append([Cell(run.name, "" if run.manifest else "not run"), *cells])
     return Table(["run", *of_data, *of_metrics, "time"], rows)
+
+
+def proof_table(runs: list[Point]) -> Table:
+    """How many proofs held before step 1 of each run, were not run, or failed; the latter by name."""
+    rows = []
+    for run in runs:
+        proofs, step = run.verified.get("proofs") or [], run.verified.get("step")
+        failed = [proof["name"] for proof in proofs if proof["status"] == "failed"]
+        counts = Counter(proof["status"] for proof in proofs)
+        level = Cell(run.verified.get("level") or "no proofs", f"from step {step}" if step else "")
+        numbers = [counts[status] if proofs else None for status in ("passed", "not run", "failed")]
+        note = f"failed: {', '.join(failed)}" if failed else ""
+        rows.append([Cell(run.name, note), level, *map(Cell, map(number, numbers))])
+    return Table(["run", "level", "passed", "not run", "failed"], rows, num_text_columns=2)
+
+
+def finding_table(runs: list[Point]) -> Table:
+    """What each proof found, or why it was not run, and what it wanted where that is not the same."""
+    rows = []
+    for run in runs:
+        for position, proof in enumerate(run.verified.get("proofs") or []):
+            found = _told(proof.get("found", proof.get("reason")))
+            wanted = _told(proof.get("wanted", ""))
+            texts = [proof["name"], proof["status"], found, "" if wanted == found else wanted]
+            rows.append([Cell("" if position else run.name), *map(Cell, texts)])
+    return Table(["run", "proof", "result", "found", "wanted"], rows, num_text_columns=5)
+
+
+def _told(found: Any) -> str:
+    """{"losses": [0.5, 1.0], "wrong": []} -> losses 0.500 1.000, wrong none."""
+    if isinstance(found, dict):
+        return ", ".join(f"{key} {_told(value)}" for key, value in found.items())
+    return (" ".join(map(_told, found)) or "none") if isinstance(found, list) else number(found)
 
 
 def gates_table(runs: list[Point]) -> Table:
@@ -279,6 +332,7 @@ def metrics_tree(points: list[Point]) -> list[dict[str, Any]]:
             "training": point.manifest.get("metrics") or {},
             "evals": point.evals.get("metrics") or {},
             "gates": point.gated.get("gates") or {},
+            "verified": point.verified,
         }
         for point in points
     ]
@@ -330,22 +384,23 @@ def write_report(run_root: Path, *, runs: Sequence[str]) -> tuple[Path, Path]:
     loss = {run.name: plot(draw_loss, [run], f"loss{position}") for position, run in enumerate(chain)}
     measured = [point for point in points if not point.note]
     plots = {
-        "Needle retrieval by length": plot(draw_needle, measured, "needle"),
         "Thinking against not thinking": plot(draw_modes, measured, "modes"),
         "Merge sweep": plot(draw_sweep, chain, "sweep"),
     }
     tables = {
         "The chain": chain_table(chain), "What each checkpoint can do": metric_table(points),
         "Gates": gates_table(chain), "Merge sweep": sweep_table(chain),
+        "Proofs before step 1": proof_table(chain), "What the proofs found": finding_table(chain),
         "What each run consumed": work_table(chain), "Data by source": ledger_table(chain, "source"),
         "Data by mode": ledger_table(chain, "mode"), **origin_tables(chain),
     }  # fmt: skip
+    heat = {"Needle retrieval by length": needle_table(points)}  # the Markdown has its numbers already
     title, said, typed = f"smol_post: {run_root.name}", summary(points), commands(run_root, chain)
     folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     rules = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     page = jinja2.Environment(loader=folder, autoescape=True, **rules).get_template("report.html.jinja")
     # fmt: off
-    values = {"title": title, "summary": said, "commands": typed, "tables": tables, "plots": plots,
+    values = {"title": title, "summary": said, "commands": typed, "tables": tables | heat, "plots": plots,
               "loss": loss, "chain": chain, "points": points, "levels": levels(chain), "purpose": PURPOSE,
               "dash": DASH, "samples": samples, "duration": duration, "short": short, "dump": json.dumps}
     # fmt: on

@@ -77,12 +77,13 @@ def root(tmp_path: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """Tables as rows of texts with the classes of their cells, all text, and every tag with attributes."""
+    """Tables as rows of texts with classes and styles of their cells, all text, every tag with attributes."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.rows: list[list[str]] = []
         self.classes: list[list[str]] = []
+        self.styles: list[list[str]] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
         self.in_cell = False
@@ -93,10 +94,12 @@ class Page(HTMLParser):
         if tag == "tr":
             self.rows.append([])
             self.classes.append([])
+            self.styles.append([])
         elif tag in ("td", "th"):
             self.in_cell = True
             self.rows[-1].append("")
             self.classes[-1].append(dict(attrs).get("class") or "")
+            self.styles[-1].append(dict(attrs).get("style") or "")
         elif tag == "small":
             self.rows[-1][-1] += " "
 
@@ -139,6 +142,35 @@ def test_the_best_of_a_column_is_marked_and_ties_share_the_mark(root: Path) -> N
 def test_the_lowest_perplexity_is_the_best(root: Path) -> None:
     page = page_of(root)
     assert [page.metric(name, "perplexity")[1] for name in ("sft", "apo_seed0")] == [False, True]
+
+
+def test_needles_are_a_map_of_checkpoints_by_lengths_shaded_by_accuracy(root: Path) -> None:
+    """Each kind has its own columns, by length; what was not measured has neither number nor shade."""
+    values = {
+        "needle_16x": 0.5,
+        "needle_12.5x": 0.25,
+        "single_8192": 1.0,
+        "single_4096": 0.75,
+        "needle_16x_yarn": 0.0,
+    }
+    found = {name: {"value": value, "stderr": 0.005} for name, value in values.items()}
+    write_evals(root, "sft", metrics=found | {"single_2_tasks": {"value": 0.1, "stderr": 0.0}})
+    page = page_of(root)
+    at = page.rows.index(["checkpoint", "8x", "12.5x", "16x", "16x", "4096", "8192"])
+    assert page.rows[at - 1] == ["", "needle", "needle yarn", "single"]
+    assert [row[0] for row in page.rows[at + 1 : at + 6]] == list(METRICS)
+    dash = "\u2013"
+    assert page.rows[at + 1] == ["base", "0.812", dash, dash, dash, dash, dash]
+    assert page.rows[at + 2] == ["sft", dash, "0.250", "0.500", "0.000", "0.750", "1.000"]
+    shades = ["", "--at: 25.0%", "--at: 50.0%", "--at: 0.0%", "--at: 75.0%", "--at: 100.0%"]
+    assert page.styles[at + 2] == ["", *shades]
+
+
+def test_the_map_of_needles_is_left_out_where_none_was_looked_for(root: Path) -> None:
+    assert "Needle retrieval by length" in page_of(root).text
+    for name in METRICS:
+        write_evals(root, name, metrics={"perplexity": {"value": 2.0, "stderr": None}})
+    assert "Needle retrieval by length" not in page_of(root).text
 
 
 def test_a_lone_measurement_is_not_called_the_best(root: Path) -> None:
@@ -239,9 +271,7 @@ def test_plots_take_the_colours_of_the_page_and_their_ids_do_not_meet(root: Path
     assert [style for style in drawn if "var(--s1)" in style]
     assert [style for style in drawn if "var(--ink)" in style]
     assert not [style for style in drawn if re.search(r"(fill|stroke): #", style)]
-    assert (
-        sum(tag == "svg" for tag, _ in page.tags) == 5
-    )  # needle, modes, and the losses of the three trained runs
+    assert sum(tag == "svg" for tag, _ in page.tags) == 4  # modes, and the losses of the three trained runs
 
 
 def loss_plot(losses: list[float]) -> tuple[list[list[float]], Any]:
@@ -297,7 +327,12 @@ def test_the_markdown_has_the_rows_of_the_page(root: Path) -> None:
     html, markdown = write_report(root, runs=RUNS)
     lines = [line for line in markdown.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     told = {tuple(cell.strip(" *") for cell in line.strip("|").split("|")) for line in lines}
-    rows = {tuple(cell.strip() for cell in row) for row in Page(html).rows if row[0]}
+    page = Page(html)
+    rows = {
+        tuple(cell.strip() for cell in row)
+        for row, styles in zip(page.rows, page.styles, strict=True)
+        if row[0] and not any(styles)  # the heat map repeats the matrix in colour
+    }
     assert {row for row in rows if len(row) > 1 and row[0] in METRICS} <= told
     assert "| base | **0.812 \u00b1 0.005** |" in markdown.read_text(encoding="utf-8")
     assert "| sft | pairs | 12 | 12,345 | 6,789 |" in lines
@@ -376,6 +411,71 @@ def test_programs_get_what_the_page_says(root: Path) -> None:
     assert tree["checkpoints"][1]["evals"]["needle_8x"] == {"value": 0.25, "stderr": 0.005, "num": 200}
     assert tree["checkpoints"][1]["parents"] == {"base": digest("base")}
     assert tree["checkpoints"][1]["digest"] == digest("sft")
+
+
+def write_proofs(root: Path, run: str, **changes: Any) -> None:
+    proofs = [
+        {"name": "documents do not see each other", "status": "passed",
+         "found": {"others by": 2e-7, "documents": 4}, "wanted": {"others by": 0.0}},
+        {"name": "head and embedding are tied", "status": "passed",
+         "found": {"tied": True}, "wanted": {"tied": True}},
+        {"name": "preference training starts at its reference", "status": "not run", "reason": "no pairs"},
+    ]  # fmt: skip
+    write_json(root / run / "verify.json", {"level": "quick", "step": 0, "proofs": proofs} | changes)
+
+
+def test_proofs_are_counted_for_each_run_and_their_findings_told(root: Path) -> None:
+    write_proofs(root, "base")
+    write_proofs(root, "sft", level="full", step=20)
+    rows = [[cell.strip() for cell in row] for row in page_of(root).rows]
+    at = rows.index(["run", "level", "passed", "not run", "failed"])
+    assert rows[at + 1 : at + 5] == [
+        ["base", "quick", "2", "1", "0"],
+        ["sft", "full from step 20", "2", "1", "0"],
+        ["apo_seed0", "no proofs", *["\u2013"] * 3],
+        ["merge", "no proofs", *["\u2013"] * 3],
+    ]
+    at = rows.index(["run", "proof", "result", "found", "wanted"])
+    assert rows[at + 1 : at + 4] == [
+        [
+            "base",
+            "documents do not see each other",
+            "passed",
+            "others by 2e-07, documents 4",
+            "others by 0.000",
+        ],
+        ["", "head and embedding are tied", "passed", "tied True", ""],
+        ["", "preference training starts at its reference", "not run", "no pairs", ""],
+    ]
+    told = (root / "report.md").read_text(encoding="utf-8").splitlines()
+    assert "| base | quick | 2 | 1 | 0 |" in told
+    assert "|  | head and embedding are tied | passed | tied True |  |" in told
+    tree = json.loads((root / "metrics.json").read_text())["checkpoints"]
+    assert [one["verified"].get("level") for one in tree] == ["quick", "full", None, None, None]
+
+
+def test_a_proof_that_failed_is_told_by_name_though_its_run_is_not_whole(root: Path) -> None:
+    failed = {"name": "embeddings are not decayed", "status": "failed",
+              "found": {"decayed": ["lm_head", "embed"]}, "wanted": {"decayed": []}}  # fmt: skip
+    write_proofs(root, "sft", proofs=[failed])
+    (root / "sft" / "manifest.json").unlink()
+    page = page_of(root)
+    assert ["sft failed: embeddings are not decayed", "quick", "0", "0", "1"] in page.rows
+    at = page.rows.index(
+        ["sft", "embeddings are not decayed", "failed", "decayed lm_head embed", "decayed none"]
+    )
+    assert [("warn" in classes.split()) for classes in page.classes[at]] == [False, False, True, False, False]
+
+
+def test_a_chain_without_proofs_says_so(root: Path) -> None:
+    assert "No proofs." in page_of(root).text
+
+
+def test_the_picture_of_the_chain_has_parents_seeds_and_digests(root: Path) -> None:
+    write_run(root, "merge", seed=7)
+    picture = " ".join(page_of(root).text.split("The chain")[1].split())
+    assert picture.startswith("base seed 0 1 min 2 s 62617365 sft from base seed 0 1 min 2 s 736674")
+    assert " merge from apo_seed0, base seed 7 1 min 2 s 6d657267 " in picture
 
 
 def test_two_runs_side_by_side(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
