@@ -1,8 +1,8 @@
 """docs/reproduction.json -> docs/reproduction.md, its pictures, and the table between the marks of README.md.
 
-numbers[seed][checkpoint][metric]["value"]     over 400 questions or more
+numbers[seed][checkpoint][metric]["value"]     over 400 questions or more, the same within a seed
   | mean and standard error over seeds         every number of the tables
-  v verdicts: a difference counts where every seed has it and its mean is over two standard errors
+  v verdicts: a difference counts where every seed has it and Student's t bears it
 
 python -m benchmarks.findings     # again, from the numbers that are there
 """
@@ -80,19 +80,33 @@ class Claim(NamedTuple):
     less_metric: str = ""
 
 
+STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # two-sided 5 %, by degrees of freedom
 LAUNCH, PLAYBOOK, PAPER, HABIT, OURS = "launch post", "playbook", "APO paper", "recipe's habit", "ours"
 _T1 = "think_sampled"
 CLAIMS = [
-    Claim("Training at length extends the context", "long_context_2", "base", "needle_8x", LAUNCH),
+    Claim(
+        "Training at length with a higher theta extends the context",
+        "long_context_2",
+        "base",
+        "needle_8x",
+        LAUNCH,
+    ),
+    Claim("Training at length alone does", "theta_50k_2", "base", "needle_8x", OURS),
     Claim("A higher theta helps, training being equal", "long_context_2", "theta_50k_2", "needle_8x", HABIT),
     Claim("Mid-training costs long context", "long_context_2", "mid", "needle_8x", LAUNCH),
     Claim("Mid-training helps thinking (T=1)", "sft", "sft_without_mid", _T1, PLAYBOOK),
     Claim("Thinking beats not thinking", "sft", "sft", "think_greedy", LAUNCH, "no_think_greedy"),
-    Claim("APO improves thinking (T=1)", "merge_soup", "sft", _T1, LAUNCH),
-    Claim("APO improves obedience to /think (T=1)", "merge_soup", "sft", "mode_think_sampled", LAUNCH),
-    Claim("APO costs long context", "sft", "merge_soup", "needle_8x", LAUNCH),
-    Claim("APO beats DPO (thinking, T=1)", "merge_soup", "merge_dpo_soup", _T1, PAPER),
-    Claim("APO beats NLL on the chosen (thinking, T=1)", "merge_soup", "merge_nll_soup", _T1, OURS),
+    Claim("APO improves thinking (one seed, T=1)", "merge_of_1_soup", "sft", _T1, LAUNCH),
+    Claim(
+        "APO improves obedience to /think (one seed, T=1)",
+        "merge_of_1_soup",
+        "sft",
+        "mode_think_sampled",
+        LAUNCH,
+    ),
+    Claim("APO costs long context (one seed)", "sft", "merge_of_1_soup", "needle_8x", LAUNCH),
+    Claim("APO beats DPO at APO's beta and rate (soups, T=1)", "merge_soup", "merge_dpo_soup", _T1, PAPER),
+    Claim("APO beats NLL on the chosen at its rate (soups, T=1)", "merge_soup", "merge_nll_soup", _T1, OURS),
     Claim("The merge gives long context back", "merge", "merge_soup", "needle_8x", LAUNCH),
     Claim("The merged model stays below long context 2", "long_context_2", "merge", "needle_8x", OURS),
     Claim("The merge costs greedy thinking", "merge_soup", "merge", "think_greedy", OURS),
@@ -112,8 +126,10 @@ class Numbers:
         self.about, self.seeds = tree["about"], tree["seeds"]
 
     def of(self, checkpoint: str, metric: str) -> list[float]:
-        """One value a seed, in the order of the seeds."""
+        """One value a seed, in their order; none where no seed has it. ValueError where only some have."""
         found = [seed.get(checkpoint, {}).get(metric) for seed in self.seeds.values()]
+        if None in found and any(found):
+            raise ValueError(f"{checkpoint}: {metric} was measured on some seeds only")
         return [one["value"] for one in found if one]
 
     def differences(self, claim: Claim) -> list[float]:
@@ -133,9 +149,10 @@ def said(values: Sequence[float], digits: int = 3) -> str:
 
 
 def verdict(differences: Sequence[float]) -> str:
-    """Whether an effect is there: all seeds on one side and a mean over two standard errors."""
+    """Whether an effect is there: every seed has it, and its mean differs from zero by Student's t at 5 %."""
     mean, spread = fmean(differences), error(differences)
-    if abs(mean) > 2 * spread and min(differences) * max(differences) > 0:
+    bound = STUDENT[len(differences) - 1] * spread
+    if abs(mean) > bound and min(differences) * max(differences) > 0:
         return "appears" if mean > 0 else "the opposite appears"
     return "not shown"
 
@@ -152,54 +169,80 @@ def checkpoints(numbers: Numbers, names: dict[str, str], columns: dict[str, str]
     return table(["checkpoint", *columns.values()], rows)
 
 
-def closed(numbers: Numbers, metrics: Sequence[str], merged: str = "merge") -> list[float]:
-    """Share of the gap from the soup to the long-context checkpoint that a merge closes, of each seed."""
+def closed(numbers: Numbers, metrics: Sequence[str], merged: str = "merge") -> tuple[list[float], float]:
+    """Share of the gap from soup to long-context checkpoint that a merge closes: (by seed, of the means)."""
     soup, merge, whole = (
         [fmean(values) for values in zip(*(numbers.of(name, metric) for metric in metrics), strict=True)]
         for name in ("merge_soup", merged, "long_context_2")
     )
-    return [(m - s) / (w - s) for s, m, w in zip(soup, merge, whole, strict=True)]
+
+    def share(s: float, m: float, w: float) -> float:
+        return (m - s) / (w - s) if w != s else math.nan
+
+    return [*map(share, soup, merge, whole)], share(fmean(soup), fmean(merge), fmean(whole))
 
 
-def bars(numbers: Numbers) -> list[tuple[str, list[float], float, bool]]:
-    """What the defaults are held against: (text, values by seed, bar, whether more is better)."""
-    found: list[tuple[str, list[float], float, bool]] = []
+class Bar(NamedTuple):
+    """A demand on the defaults: the values by seed and of their mean, against `bound`."""
+
+    text: str
+    values: list[float]
+    mean: float
+    bound: float
+    wanted: str = "at least"
+
+    def holds(self, value: float) -> bool:
+        """Whether a value keeps it; nan does not."""
+        kept = {
+            "at least": value >= self.bound,
+            "at most": value <= self.bound,
+            "more than": value > self.bound,
+        }
+        return kept[self.wanted]
+
+
+def bars(numbers: Numbers) -> list[Bar]:
+    """What the defaults are held against."""
+    found: list[Bar] = []
+
+    def add(text: str, values: list[float], bound: float, wanted: str = "at least") -> None:
+        found.append(Bar(text, values, fmean(values), bound, wanted))
+
+    def gain(more: str, less: str, metric: str) -> list[float]:
+        return numbers.differences(Claim("", more, less, metric, OURS))
+
     for metric in ("needle_4x", "needle_8x", "needle_4x_clean", "needle_8x_clean"):
         pairs = zip(numbers.of("merge", metric), numbers.of("long_context_2", metric), strict=True)
         text = f"merged keeps of long context 2's accuracy, {COLUMNS[metric]}"
-        found.append((text, [merged / whole for merged, whole in pairs], 0.85, True))
+        add(text, [merged / whole for merged, whole in pairs], 0.85)
     for metrics, text in (
         (["needle_8x", "needle_8x_clean"], "both kinds of documents"),
         (["needle_8x"], "with overwrites"),
         (["needle_8x_clean"], "without"),
     ):
-        found.append(
-            (f"share of the gap at 8x that the merge closes, {text}", closed(numbers, metrics), 0.5, True)
-        )
-
-    def gain(more: str, less: str, metric: str) -> list[float]:
-        return numbers.differences(Claim("", more, less, metric, OURS))
-
-    found.append(
-        ("greedy thinking lost from SFT to merged", gain("sft", "merge", "think_greedy"), 0.015, False)
-    )
-    found.append(("APO's gain in thinking, T=1", gain("merge_soup", "sft", "think_sampled"), 0.15, True))
+        shares, of_means = closed(numbers, metrics)
+        found.append(Bar(f"share of the gap at 8x that the merge closes, {text}", shares, of_means, 0.5))
+    add("greedy thinking lost from SFT to merged", gain("sft", "merge", "think_greedy"), 0.015, "at most")
+    add("APO's gain in thinking, T=1", gain("merge_soup", "sft", _T1), 0.15)
     for mode in ("think", "no_think"):
-        obeyed = numbers.of("merge_soup", f"mode_{mode}_sampled")
-        found.append((f"{mode} obeyed after APO, T=1", obeyed, 0.96, True))
-    gained = gain("merge_soup", "merge_nll_soup", "think_sampled")
-    found.append(("APO over NLL on the chosen, thinking, T=1", gained, 0.0, True))
+        add(f"{mode} obeyed after APO, T=1", numbers.of("merge_soup", f"mode_{mode}_sampled"), 0.96)
+    add(
+        "APO over NLL on the chosen, thinking, T=1",
+        gain("merge_soup", "merge_nll_soup", _T1),
+        0.0,
+        "more than",
+    )
     return found
 
 
 def bars_table(numbers: Numbers) -> str:
     """Each bar with the value of every seed and of their mean."""
     rows = []
-    for text, values, bar, more in bars(numbers):
-        held = [value >= bar if more else value <= bar for value in (*values, fmean(values))]
-        wanted = f"{'at least' if more else 'at most'} {bar:g}" if bar else "more than 0"
-        verdicts = f"{sum(held[:-1])} of {len(values)} seeds; mean {'holds' if held[-1] else 'falls short'}"
-        rows.append([text, wanted, ", ".join(f"{value:.3f}" for value in values), said(values), verdicts])
+    for bar in bars(numbers):
+        seeds = f"{sum(map(bar.holds, bar.values))} of {len(bar.values)} seeds"
+        verdicts = f"{seeds}; mean {'holds' if bar.holds(bar.mean) else 'falls short'}"
+        by_seed = ", ".join(f"{value:.3f}" for value in bar.values)
+        rows.append([bar.text, f"{bar.wanted} {bar.bound:g}", by_seed, f"{bar.mean:.3f}", verdicts])
     return table(["what", "wanted", "by seed", "mean", "held in"], rows)
 
 
@@ -216,8 +259,8 @@ def weights_table(numbers: Numbers) -> str:
     """Metrics by the weight of the long-context checkpoint."""
     rows = []
     for weight, name in WEIGHTS.items():
-        share = said(closed(numbers, ["needle_8x", "needle_8x_clean"], name), 2)
-        rows.append([f"{weight:g}", *(said(numbers.of(name, metric)) for metric in COLUMNS), share])
+        _, share = closed(numbers, ["needle_8x", "needle_8x_clean"], name)
+        rows.append([f"{weight:g}", *(said(numbers.of(name, metric)) for metric in COLUMNS), f"{share:.2f}"])
     return table(["weight", *COLUMNS.values(), "gap closed, 8x"], rows)
 
 
@@ -294,19 +337,22 @@ def page(numbers: Numbers) -> str:
             ("the opposite appears", "The opposite appears"),
         )
     )
-    suites = ", ".join(f"{key}: {value:,}" for key, value in about["questions"].items())
+    overwritten = {metric: text for metric, text in COLUMNS.items() if not metric.endswith("_clean")}
     return f"""# The recipe at toy scale, over seeds
 
-Written by `{about["command"]}` ({about["core_minutes"]} minutes of one core,
-{about["hardware"]}) from `recipes/tiny-ablations`; all numbers are in `reproduction.json`.
+Written by `{about["command"]}` ({about["core_minutes"]} minutes of one core, {about["hardware"]}) from
+`recipes/tiny-ablations`; all numbers are in `reproduction.json`.
 
-Chains of seeds {seeds}: base, long context, every later stage and all rows are drawn anew. Questions
-are of seeds by which no setting was chosen ({suites}); 400 a metric, 1,200 needle questions where
-differences are small. A number is the mean over seeds and its standard error over seeds. An effect
-**appears** where every seed has it and its mean is over two standard errors; **not shown** may mean
-that there is none or that both sides are at the ceiling. 4x and 8x are needle accuracy at 248 and 496
-tokens, half of the keys overwritten (the last write wins); "clean" is without overwrites. Thinking is
-scored strictly: a well-formed block, the right answer, stop.
+Chains of seeds {seeds}: base, long context, every later stage, all rows and the questions are drawn
+anew for each; settings were chosen on other seeds and other questions (the recipe's own seed, 1, is one
+of those). Of every checkpoint 600 needle questions a length and 400 of arithmetic are asked, the same
+within a chain. A number is the mean over seeds and its standard error over seeds. An effect **appears**
+where every seed has it and its mean differs from zero by Student's t at 5 %; **not shown** may mean
+that there is none, that it is small or that both sides are at the ceiling: {len(numbers.seeds)} seeds
+show large effects only. 4x and 8x are needle accuracy at 248 and 496 tokens, half of the keys
+overwritten (the last write wins); "clean" is without overwrites. Thinking is scored strictly: a well-
+formed block, the right answer, stop. T=1 is sampling at temperature 1. The tokenizer is the same in all
+chains.
 
 {plainly}
 ## The chain
@@ -323,7 +369,7 @@ scored strictly: a well-formed block, the right answer, stop.
 {claims_table(numbers)}
 ## Without a part
 
-{checkpoints(numbers, ABLATIONS)}
+{checkpoints(numbers, ABLATIONS, overwritten)}
 ![thinking and obedience](reproduction-thinking.png)
 
 ## The weight of the long-context checkpoint
@@ -333,7 +379,7 @@ scored strictly: a well-formed block, the right answer, stop.
 
 ## Soups
 
-{checkpoints(numbers, SOUPS)}"""
+{checkpoints(numbers, SOUPS, overwritten)}"""
 
 
 def beyond(numbers: Numbers) -> str:

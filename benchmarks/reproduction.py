@@ -5,7 +5,7 @@ pipeline.yaml, seed n   every training run with seed n and rows of seed n (runs/
   | smol-post eval      every checkpoint, documents with and without overwrites, both modes
   v docs/reproduction.json, .md, pictures; the table between the marks of README.md
 
-python -m benchmarks.reproduction --seeds 1 2 3
+python -m benchmarks.reproduction --seeds 2 3 4
 """
 
 import argparse
@@ -22,15 +22,24 @@ from typing import Any
 import yaml
 
 from benchmarks import findings
-from smol_post import loading, manifest
+from benchmarks.run import commit
+from smol_post import evals, loading, manifest
 
 TOP = Path(__file__).parents[1]
 RECIPE = TOP / "recipes" / "tiny-ablations"
-SUITES = {"overwritten": RECIPE / "evals.yaml", "clean": RECIPE / "evals_clean.yaml"}
-BEYOND = {"beyond": RECIPE / "evals_beyond.yaml"}  # of the merged model alone
+SUITE = RECIPE / "evals.yaml"
+NO_CHATS = ("num_arithmetic_questions=0", "num_preference_pairs=0")
+CLEAN = ("needle_options={max_overwrites: 0}", *NO_CHATS)
+BEYOND = (
+    "num_needle_questions=0",
+    "yarn_context=1024",
+    "yarn_needle_tokens=[992]",
+    "num_yarn_questions=200",
+    *NO_CHATS,
+)
+ABLATIONS = set(findings.ABLATIONS | findings.SOUPS) - set(findings.CHAIN)  # asked with overwrites only
 ROWS_OF_A_SEED = 1000  # seeds of generators lie closer than this
-MORE = {"long_context_2", "merge_soup", "merge", "merge_weight_0.2"}  # the differences of these are small
-NEVER = ("dpo_seed", "nll_seed", "apo_")  # they are measured as soups
+QUESTIONS_OF_A_SEED = 10_000
 
 
 def folder_of(seed: int, root: Path) -> Path:
@@ -73,31 +82,42 @@ def train(seed: int, root: Path) -> dict[str, Path]:
     smol_post("run", str(folder), "--run-dir", str(runs), log=root / f"seed{seed}" / "run.log")
     found: dict[str, Path] = {}
     for entry in loading.load_pipeline(folder).runs:
-        if entry.stage == "merge" and not entry.name.startswith("merge_weight"):
-            found[f"{entry.name}_soup"] = runs / entry.name / manifest.SOUP
-        if not entry.name.startswith(NEVER):
-            found[entry.name] = runs / entry.name
+        found |= {entry.name: runs / entry.name, f"{entry.name}_soup": runs / entry.name / manifest.SOUP}
+    wanted = {*findings.CHAIN, *ABLATIONS, *findings.WEIGHTS.values()}
+    found = {name: place for name, place in found.items() if name in wanted}
     return found
 
 
-def measure(name: str, checkpoint: Path, place: Path) -> dict[str, Any]:
-    """{"metrics", "seconds"} of one checkpoint, those without overwrites named `_clean`; kept in `place`."""
-    path, suites = place / f"{name}.json", SUITES | (BEYOND if name == "merge" else {})
-    files = sorted([*checkpoint.glob("*.safetensors"), *suites.values()])
-    held = {one.name: manifest.digest_file(one) for one in files}
-    if path.is_file() and (kept := json.loads(path.read_text(encoding="utf-8")))["of"] == held:
+def measure(name: str, checkpoint: Path, place: Path, *, seed: int) -> dict[str, Any]:
+    """{"metrics", "seconds"} of one checkpoint, those without overwrites named `_clean`; kept in `place`.
+
+    What is kept holds as long as the weights, the questions and the code that asks them are the same.
+    """
+    asked = [("", ()), *([] if name in ABLATIONS else [("_clean", CLEAN)])]
+    asked += [("", BEYOND)] if name == "merge" else []
+    asked_seed = f"seed={loading.read_yaml(SUITE)['seed'] + QUESTIONS_OF_A_SEED * seed}"
+    files = [*sorted(checkpoint.glob("*.safetensors")), checkpoint / "config.json", SUITE]
+    files += [Path(evals.__file__).parent / file for file in evals.CODE]
+    held = [asked_seed, asked, *map(manifest.digest_file, files)]
+    held = manifest.digest_tree(json.loads(json.dumps(held)))
+    path = place / f"{name}.json"
+    if path.is_file() and (kept := manifest.read_json(path))["of"] == held:
         return kept
     started, metrics = time.monotonic(), {}
-    for suite, file in suites.items():
-        more = ["num_needle_questions=1200"] if name in MORE and suite in SUITES else []
-        said = json.loads(smol_post("eval", str(checkpoint), "--suite", str(file), "--json", *more))[
-            "metrics"
-        ]
-        metrics |= {f"{key}_clean" if suite == "clean" else key: value for key, value in said.items()}
+    for suffix, keys in asked:
+        said = smol_post("eval", str(checkpoint), "--suite", str(SUITE), "--json", asked_seed, *keys)
+        metrics |= {f"{key}{suffix}": value for key, value in json.loads(said)["metrics"].items()}
     found = {"of": held, "seconds": time.monotonic() - started, "metrics": metrics}
     place.mkdir(parents=True, exist_ok=True)
     manifest.write_json(path, found)
     return found
+
+
+def digest_of_recipes() -> str:
+    """Of what all runs and questions say, defaults left out."""
+    entries = loading.load_pipeline(RECIPE).runs
+    said = [loading.load_entry(RECIPE, entry).model_dump(exclude_defaults=True) for entry in entries]
+    return manifest.digest_tree([*said, loading.read_yaml(SUITE)])
 
 
 def trained_seconds(seed: int, root: Path) -> float:
@@ -113,7 +133,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="one thread each")
     parser.add_argument("--root", type=Path, default=TOP / "runs" / "reproduction")
     arguments = parser.parse_args()
@@ -126,7 +146,7 @@ def main() -> int:
     def chain(seed: int) -> None:
         for name, checkpoint in train(seed, arguments.root).items():
             place = arguments.root / f"seed{seed}" / "measured"
-            results[seed][name] = pool.submit(measure, name, checkpoint, place)
+            results[seed][name] = pool.submit(measure, name, checkpoint, place, seed=seed)
         tell(f"seed {seed}: all runs are whole")
 
     with ThreadPoolExecutor(arguments.workers) as pool:
@@ -135,8 +155,8 @@ def main() -> int:
                 done.result()
             found = {seed: {name: one.result() for name, one in its.items()} for seed, its in results.items()}
         except RuntimeError as error:
-            pool.shutdown(cancel_futures=True)
             print(error, file=sys.stderr)
+            pool.shutdown(cancel_futures=True)
             return 1
     numbers = {seed: {name: one["metrics"] for name, one in its.items()} for seed, its in found.items()}
     spent = sum(trained_seconds(seed, arguments.root) for seed in seeds)
@@ -145,8 +165,9 @@ def main() -> int:
         "command": "make reproduce",
         "core_minutes": round(spent / 60),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, no accelerator used",
+        "commit": commit(),
         "versions": manifest.versions(),
-        "questions": {name: loading.read_yaml(file)["seed"] for name, file in SUITES.items()},
+        "recipes": digest_of_recipes(),
     }
     text = json.dumps({"about": about, "seeds": numbers}) + "\n"
     (findings.DOCS / "reproduction.json").write_text(text, encoding="utf-8")

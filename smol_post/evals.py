@@ -30,7 +30,7 @@ from smol_post.runner import interrupt_on_sigterm
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_CODE = (
+CODE = (
     "evals.py",
     "scoring.py",
     "probes.py",
@@ -58,7 +58,7 @@ def checkpoints(jobs: Sequence[Job]) -> Iterator[tuple[str, str, Path, str]]:
 
 def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job], *, only: str | None = None) -> None:
     """Measure what has no valid result yet (`only` this run); one line and one file a checkpoint."""
-    code = [resources.files("smol_post").joinpath(name).read_text() for name in _CODE]
+    code = [resources.files("smol_post").joinpath(name).read_text() for name in CODE]
     files = [manifest.digest_file(Path(path)) for path in recipe.files()]
     todo: list[tuple[Path, EvalsRecipe, Path, dict[str, Any]]] = []
     for name, stage, folder, digest in checkpoints(jobs):
