@@ -86,10 +86,7 @@ def test_the_page_says_plainly_what_appears(tree: dict[str, Any]) -> None:
     assert "The merge gives long context back" in appears
     assert "Thinking beats not thinking" not in appears
     row = next(line for line in page.splitlines() if line.startswith("| APO beats NLL"))
-    assert (
-        row
-        == "| APO beats NLL on the chosen (thinking, T=1) | ours | -0.100 ± 0.006 | the opposite appears |"
-    )
+    assert row.endswith(" | ours | -0.100 ± 0.006 | the opposite appears |")
     assert "| 0.1 | 0.500 ± 0.000 | 0.700 ± 0.003 |" in page
 
 
