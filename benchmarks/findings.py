@@ -1,10 +1,10 @@
 """docs/reproduction.json -> docs/reproduction.md, its pictures, and the table between the marks of README.md.
 
-numbers[seed][checkpoint][metric]["value"]     over 400 questions or more, the same within a seed
-  | mean and standard error over seeds         every number of the tables
-  v verdicts: a difference counts where every seed has it and Student's t bears it
+    numbers[seed][checkpoint][metric]["value"]     over 400 questions or more, the same within a seed
+      | mean and standard error over seeds         every number of the tables
+      v verdicts                                   of an effect: every seed has it, and Student's t bears it
 
-python -m benchmarks.findings     # again, from the numbers that are there
+`python -m benchmarks.findings` writes them again from the numbers that are there.
 """
 
 import json
@@ -139,8 +139,8 @@ class Numbers:
 
 
 def error(values: Sequence[float]) -> float:
-    """Standard error of the mean over seeds; nan of one."""
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    """Standard error of the mean over seeds."""
+    return stdev(values) / math.sqrt(len(values))
 
 
 def said(values: Sequence[float], digits: int = 3) -> str:
@@ -271,8 +271,9 @@ def draw(numbers: Numbers) -> None:
 
     def dots(axes: Any, x: float, values: Sequence[float], color: str, label: str | None = None) -> None:
         axes.plot([x] * len(values), values, "o", color=color, ms=3, alpha=0.45)
-        spread = error(values) if len(values) > 1 else 0
-        axes.errorbar([x], [fmean(values)], [spread], fmt="_", color=color, ms=13, capsize=3, label=label)
+        axes.errorbar(
+            [x], [fmean(values)], [error(values)], fmt="_", color=color, ms=13, capsize=3, label=label
+        )
 
     def grouped(axes: Any, names: dict[str, str], metrics: dict[str, str]) -> None:
         for index, (metric, label) in enumerate(metrics.items()):
@@ -301,9 +302,9 @@ def draw(numbers: Numbers) -> None:
         shown = ("needle_8x", "needle_8x_clean", "think_greedy", "think_sampled", "no_think_greedy")
         for index, metric in enumerate(shown):
             found = [numbers.of(WEIGHTS[weight], metric) for weight in weights]
-            means, spread = [fmean(v) for v in found], [error(v) if len(v) > 1 else 0 for v in found]
+            means, errors = [*map(fmean, found)], [*map(error, found)]
             axes.errorbar(
-                weights, means, spread, marker="osD^v"[index], ms=4, capsize=3, label=COLUMNS[metric]
+                weights, means, errors, marker="osD^v"[index], ms=4, capsize=3, label=COLUMNS[metric]
             )
         axes.set(xlabel="weight of the long-context checkpoint", ylim=(0, 1.03))
         figure.legend(loc="outside lower center", frameon=False, ncols=5)
@@ -311,11 +312,13 @@ def draw(numbers: Numbers) -> None:
 
         figure, axes = sheet("strict accuracy, T=1; modes obeyed")
         names = {
-            name: (CHAIN | ABLATIONS)[name]
-            for name in ("sft", "merge_soup", "merge_dpo_soup", "merge_nll_soup")
+            "sft": "SFT",
+            "merge_soup": "APO soup",
+            "merge_dpo_soup": "DPO soup",
+            "merge_nll_soup": "NLL soup",
+            "sft_without_mid": "SFT without mid",
+            "sft_unmasked": "SFT, loss on all",
         }
-        names |= {"sft_without_mid": "SFT without mid", "sft_unmasked": "SFT, loss on all"}
-        names["merge_nll_soup"], names["merge_dpo_soup"] = "NLL soup", "DPO soup"
         grouped(axes, names, {"think_sampled": "thinking", "mode_think_sampled": "think obeyed",
                               "mode_no_think_sampled": "no_think obeyed"})  # fmt: skip
         figure.legend(loc="outside lower center", frameon=False, ncols=3)

@@ -1,11 +1,11 @@
 """`make reproduce`: recipes/tiny-ablations for several seeds, fresh questions -> docs/reproduction.md.
 
-pipeline.yaml, seed n   every training run with seed n and rows of seed n (runs/reproduction/seed<n>)
-  | smol-post run       chains two at a time; whole runs are kept, so a broken run goes on where it was
-  | smol-post eval      every checkpoint, documents with and without overwrites, both modes
-  v docs/reproduction.json, .md, pictures; the table between the marks of README.md
+    pipeline.yaml, seed n   every training run with seed n and rows of seed n (runs/reproduction/seed<n>)
+      | smol-post run       chains two at a time; whole runs are kept, so a broken run goes on where it was
+      | smol-post eval      every checkpoint, documents with and without overwrites, both modes
+      v docs/reproduction.json, .md, pictures; the table between the marks of README.md
 
-python -m benchmarks.reproduction --seeds 2 3 4
+`python -m benchmarks.reproduction --seeds 2 3 4`; ARGS of make go there.
 """
 
 import argparse
@@ -138,6 +138,8 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=TOP / "runs" / "reproduction")
     arguments = parser.parse_args()
     started, seeds = time.monotonic(), dict.fromkeys(arguments.seeds)
+    if not 3 <= len(seeds) <= 8:
+        parser.error("--seeds: wanted three to eight different ones, as the verdicts are over seeds")
     results: dict[int, dict[str, Future[dict[str, Any]]]] = {seed: {} for seed in seeds}
 
     def tell(text: str) -> None:
