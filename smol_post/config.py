@@ -256,10 +256,11 @@ class ApoRecipe(Training):
 
 
 class MergeGate(Strict):
-    """How a sweep chooses: the highest `recover` among candidates that lose little of each metric of `keep`.
+    """How a sweep chooses: the best `recover` among candidates that lose little of each metric of `keep`.
 
-    suite: an evals recipe, asked with a seed that no report uses. keep: points (hundredths) that a metric may
-    be below the soup's.
+    suite: an evals recipe. Its generated questions are asked with `seed`, which no report uses; texts of
+    perplexity and tasks of the harness are the very ones of a report. keep: points (hundredths) that a metric
+    may be worse than the soup's.
     """
 
     suite: str
