@@ -16,6 +16,17 @@ GROUPS = {  # prefixes of metric names, in the order of the columns
     "other": ("",),
 }
 
+_LOWER = re.compile(r"(?:^|_)(?:perplexity|loss|nll|bits_per_byte|brier)(?:_|$)")
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether a metric is a loss of some kind, by the whole words of its name.
+
+    >>> lower_is_better("perplexity_books"), lower_is_better("openllm_acc")
+    (True, False)
+    """
+    return _LOWER.search(name) is not None
+
 
 @dataclass(frozen=True)
 class Point:
