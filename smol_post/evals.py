@@ -8,7 +8,6 @@ A result is kept while checkpoint, recipe and scoring code are the same. The sou
 """
 
 import copy
-import json
 import multiprocessing
 import os
 import signal
@@ -35,13 +34,17 @@ CODE = (
     "scoring.py",
     "probes.py",
     "synthetic.py",
+    "sources.py",
     "chat.py",
     "messages.py",
     "encoding.py",
+    "vocabulary.py",
     "model.py",
+    "attention.py",
     "export.py",
     "harness.py",
 )
+LIBRARIES = ("torch", "transformers")  # whose versions are part of the key
 WITHOUT_YARN = {"yarn_context": None, "yarn_needle_tokens": []}
 
 
@@ -59,16 +62,18 @@ def checkpoints(jobs: Sequence[Job]) -> Iterator[tuple[str, str, Path, str]]:
 def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job], *, only: str | None = None) -> None:
     """Measure what has no valid result yet (`only` this run); one line and one file a checkpoint."""
     code = [resources.files("smol_post").joinpath(name).read_text() for name in CODE]
-    files = [manifest.digest_file(Path(path)) for path in recipe.files()]
+    versions = {name: metadata.version(name) for name in LIBRARIES}
+    what = _what(recipe)
     todo: list[tuple[Path, EvalsRecipe, Path, dict[str, Any]]] = []
     for name, stage, folder, digest in checkpoints(jobs):
         if only not in (None, name):
             continue
-        ours = recipe if folder == jobs[-1].run_dir else recipe.model_copy(update=WITHOUT_YARN)
-        suite = manifest.digest_tree({"recipe": _what(ours), "code": code, "files": files})
+        changes = {} if folder == jobs[-1].run_dir else WITHOUT_YARN
+        ours = recipe.model_copy(update=changes)
+        suite = manifest.digest_tree({"recipe": what | changes, "code": code, "versions": versions})
         about = {"run": name, "stage": stage, "checkpoint_digest": digest, "suite_digest": suite}
         path = jobs[0].run_dir.parent / "evals" / f"{name}.json"
-        if path.is_file() and about.items() <= json.loads(path.read_text()).items():
+        if _holds(path, about):
             say(f"evals: {name}: kept, same checkpoint and suite")
         else:
             todo.append((folder, ours, path, about))
@@ -120,9 +125,25 @@ def hold(recipe: EvalsRecipe, jobs: Sequence[Job], job: Job) -> None:
     say(f"{job.name}: passed {len(found)} gates")
 
 
+def _holds(path: Path, about: dict[str, Any]) -> bool:
+    """Whether a result is there, readable, and of what `about` says."""
+    try:
+        return path.is_file() and about.items() <= manifest.read_json(path).items()
+    except Refusal:
+        return False
+
+
 def _what(recipe: EvalsRecipe) -> dict[str, Any]:
-    """What a recipe measures; local task files by what is in them, not by where they are."""
-    tree = recipe.model_dump()
+    """What a recipe measures; a file stands in its place by what is in it, not by where it is."""
+
+    def digest(path: str | None) -> str | None:
+        return manifest.digest_file(Path(path)) if path else None
+
+    tree: dict[str, Any] = recipe.model_dump() | {"turn_prompts": digest(recipe.turn_prompts)}
+    for entry, probe in zip(tree["probes"], recipe.probes, strict=True):
+        entry["haystack"] = digest(probe.haystack)
+    for entry, texts in zip(tree["perplexity"], recipe.perplexity, strict=True):
+        entry["path"] = digest(texts.path)
     for entry in tree["harness"]:
         entry["version"] = metadata.version("lm_eval")
         if entry["include_path"]:

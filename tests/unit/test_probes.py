@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from smol_post import commands, config, evals, loading, probes, scoring
+from smol_post import commands, config, evals, loading, manifest, plan, probes, scoring
 
 Build = Callable[..., Any]
 KINDS = ("single", "multi_key", "multi_value")
@@ -429,3 +430,77 @@ def test_a_suite_counts_what_its_files_hold_not_where_they_are(tmp_path: Path) -
     assert one.files() == [str(tmp_path / "a" / "hay.txt")] != other.files()
     assert one.model_dump() == other.model_dump()
     assert "hay.txt" not in str(one.model_dump())
+    assert evals._what(one) == evals._what(other)
+    assert "hay.txt" not in str(evals._what(one))
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """How many of one checkpoint's results a suite measures anew."""
+    monkeypatch.setattr(manifest, "read_manifest", lambda _: {"digest": "sha256:same"})
+    monkeypatch.setattr(manifest, "is_whole", lambda _: True)
+    monkeypatch.setattr(evals, "evaluate", lambda *_: ({}, []))
+    job = plan.Job("one", config.MergeRecipe(stage="merge"), tmp_path / "m.yaml", tmp_path / "one", [])
+
+    def number(recipe: config.EvalsRecipe) -> int:
+        counted: list[Any] = []
+        real = evals.measure
+        monkeypatch.setattr(evals, "measure", lambda *task: counted.append(task) or real(*task))
+        evals.evaluate_all(recipe, [job])
+        monkeypatch.setattr(evals, "measure", real)
+        return len(counted)
+
+    return number
+
+
+def test_a_result_is_measured_again_where_a_file_moves_to_another_question(
+    suite: Callable[..., str], measured: Callable[..., int], tmp_path: Path
+) -> None:
+    """The same files in other places: another haystack, or the haystack of another kind."""
+    (tmp_path / "other.txt").write_text(STORY[::-1])
+
+    def asking(*haystacks: str | None) -> config.EvalsRecipe:
+        kinds = zip(("single", "multi_key"), haystacks, strict=True)
+        probes = [{"kind": kind, "lengths": [240], "haystack": hay} for kind, hay in kinds]
+        return commands.load_suite(Path(suite(probes=probes)))
+
+    for haystacks in (
+        ("hay.txt", "other.txt"), ("other.txt", "hay.txt"), ("hay.txt", None), (None, "hay.txt")
+    ):  # fmt: skip
+        assert measured(asking(*haystacks)) == 1
+        assert measured(asking(*haystacks)) == 0
+
+
+@pytest.mark.parametrize("text", ['{"run": "on', "[1]", "\xff"])
+def test_a_result_that_is_not_readable_is_measured_again(
+    suite: Callable[..., str], measured: Callable[..., int], tmp_path: Path, text: str
+) -> None:
+    recipe = commands.load_suite(Path(suite()))
+    assert measured(recipe) == 1
+    (tmp_path / "evals" / "one.json").write_text(text, encoding="latin-1")
+    assert measured(recipe) == 1
+    assert measured(recipe) == 0
+
+
+@pytest.mark.parametrize("library", ["torch", "transformers"])
+def test_a_result_is_measured_again_with_another_version_of_a_library(
+    suite: Callable[..., str], measured: Callable[..., int], monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    recipe, real = commands.load_suite(Path(suite())), metadata.version
+    assert (measured(recipe), measured(recipe)) == (1, 0)
+    monkeypatch.setattr(metadata, "version", lambda name: "9" if name == library else real(name))
+    assert (measured(recipe), measured(recipe)) == (1, 0)
+
+
+def test_all_code_that_decides_a_result_is_part_of_its_key() -> None:
+    """Every module of ours that a measurement imports, but for recipes, refusals and bookkeeping."""
+    folder, found = Path(evals.__file__).parent, set[str]()
+    todo = {"scoring", "probes", "harness", "model", "vocabulary"}
+    while todo:
+        found.add(name := todo.pop())
+        text = (folder / f"{name}.py").read_text()
+        todo |= set(re.findall(r"^from smol_post\.(\w+) import", text, re.MULTILINE))
+        for names in re.findall(r"^from smol_post import (.+)", text, re.MULTILINE):
+            todo |= set(names.split(", "))
+        todo -= {*found, "config", "refusal", "hub", "manifest"}
+    assert {f"{name}.py" for name in found} <= set(evals.CODE)
