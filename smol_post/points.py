@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smol_post.manifest import SOUP, content_digest, content_files
 from smol_post.refusal import Refusal
 
 GROUPS = {  # prefixes of metric names, in the order of the columns
@@ -41,13 +42,14 @@ class Point:
     parents: dict[str, str]  # name -> digest as recorded
     gated: dict[str, Any] = field(default_factory=dict)  # what became of the gates, if they were measured
     verified: dict[str, Any] = field(default_factory=dict)  # verify.json, of a run that is not whole too
+    digest: str | None = None  # of the checkpoint as it is now; None where there is none
 
     @property
     def note(self) -> str:
         """Why its numbers are missing or must not be trusted; "" if all is well."""
         if self.is_run and not self.manifest:
             return "not run"
-        stale = self.is_run and self.evals.get("checkpoint_digest") != self.manifest.get("digest")
+        stale = self.evals.get("checkpoint_digest") != self.digest
         return "no evals" if not self.evals else "evals of another checkpoint" if stale else ""
 
     def metric(self, name: str, key: str = "value") -> float | None:
@@ -61,14 +63,16 @@ class Point:
 
 
 def read_points(run_root: Path, runs: Sequence[str]) -> list[Point]:
-    """All checkpoints in the order of the chain; evals named `<run>_...` stand before a whole run."""
-    points = []
+    """All checkpoints in the order of the chain; the soup of a whole merge, if measured, stands before it."""
+    points: list[Point] = []
     for name in runs:
         manifest = _read_json(run_root / name / "manifest.json")
-        for path in sorted((run_root / "evals").glob(f"{name}_*.json")) if manifest else []:
-            if path.stem not in runs:
-                evals = _read_json(path)
-                points.append(Point(path.stem, False, {}, evals, [], evals.get("stage") or "", {}))
+        soup = f"{name}_soup"
+        if manifest.get("stage") == "merge" and soup not in runs:
+            evals, folder = _read_json(run_root / "evals" / f"{soup}.json"), run_root / name / SOUP
+            if evals:
+                digest = content_digest(content_files(folder)) if folder.is_dir() else None
+                points.append(Point(soup, False, {}, evals, [], "merge", {}, digest=digest))
         evals = _read_json(run_root / "evals" / f"{name}.json")
         log = _read_log(run_root / name / "train_log.jsonl") if manifest else []
         parents = {Path(p["path"]).name: p.get("digest") or "" for p in manifest.get("parents") or []}
@@ -76,7 +80,8 @@ def read_points(run_root: Path, runs: Sequence[str]) -> list[Point]:
         gated = _read_json(run_root / "evals" / f"gates_{name}.json")
         gated = gated if gated.get("digest") == manifest.get("digest") else {}
         verified = _read_json(run_root / name / "verify.json")
-        points.append(Point(name, True, manifest, evals, log, stage, parents, gated, verified))
+        digest = manifest.get("digest")
+        points.append(Point(name, True, manifest, evals, log, stage, parents, gated, verified, digest))
     return points
 
 

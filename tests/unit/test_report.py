@@ -12,6 +12,7 @@ import pytest
 
 from smol_post import commands as cli
 from smol_post.config import Refusal
+from smol_post.manifest import content_digest, content_files
 from smol_post.plots import draw_loss
 from smol_post.points import Point
 from smol_post.report import commands, duration, number, read_points, write_report
@@ -67,12 +68,18 @@ def write_evals(root: Path, name: str, **changes: Any) -> None:
     write_json(root / "evals" / f"{name}.json", evals | changes)
 
 
+def soup_digest(root: Path) -> str:
+    return content_digest(content_files(root / "merge" / "soup"))
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     for run in RUNS:
         write_run(tmp_path, run)
     for name in METRICS:
         write_evals(tmp_path, name)
+    write_json(tmp_path / "merge" / "soup" / "config.json", {})
+    write_evals(tmp_path, "merge_soup", checkpoint_digest=soup_digest(tmp_path))
     return tmp_path
 
 
@@ -198,6 +205,33 @@ def test_evals_of_an_earlier_checkpoint_are_marked_and_never_the_best(root: Path
     page = page_of(root)
     assert [page.metric(name, "think_greedy")[1] for name in ("sft", "apo_seed0")] == [False, True]
     assert "evals of another checkpoint" in page.text
+
+
+@pytest.mark.parametrize("fate", ["replaced", "gone"])
+def test_evals_of_an_earlier_soup_are_marked(root: Path, fate: str) -> None:
+    assert "evals of another checkpoint" not in page_of(root).text
+    path = root / "merge" / "soup" / "config.json"
+    path.write_text('{"another": 1}')
+    if fate == "gone":
+        path.unlink()
+        path.parent.rmdir()
+    notes = {point.name: point.note for point in read_points(root, RUNS)}
+    assert notes == dict.fromkeys(METRICS, "") | {"merge_soup": "evals of another checkpoint"}
+
+
+def test_a_file_of_evals_that_no_run_of_the_chain_wrote_is_no_checkpoint(root: Path) -> None:
+    for name in ("sft_old", "sft_soup", "merge_old", "gates_sft"):
+        write_json(root / "evals" / f"{name}.json", {"metrics": {"needle_8x": {"value": 1.0, "stderr": 0.0}}})
+    assert [point.name for point in read_points(root, RUNS)] == list(METRICS)
+
+
+def test_a_soup_stands_before_its_own_merge_only(root: Path) -> None:
+    (root / "merge").rename(root / "merge_x")
+    for name in ("merge", "merge_soup"):
+        (root / "evals" / f"{name}.json").rename(root / "evals" / f"{name.replace('merge', 'merge_x')}.json")
+    write_run(root, "merge")
+    names = [point.name for point in read_points(root, ["merge", "merge_x"])]
+    assert names == ["merge", "merge_x_soup", "merge_x"]
 
 
 def test_a_run_built_from_a_parent_that_was_replaced_says_so(root: Path) -> None:
