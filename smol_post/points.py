@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smol_post.manifest import SOUP, content_digest, content_files
-from smol_post.refusal import Refusal
+from smol_post.manifest import SOUP, content_digest, content_files, read_json
+from smol_post.refusal import Refusal, describe
 
 GROUPS = {  # prefixes of metric names, in the order of the columns
     "needle retrieval": ("needle",),
@@ -69,11 +69,11 @@ def read_points(run_root: Path, runs: Sequence[str]) -> list[Point]:
         manifest = _read_json(run_root / name / "manifest.json")
         soup = f"{name}_soup"
         if manifest.get("stage") == "merge" and soup not in runs:
-            evals, folder = _read_json(run_root / "evals" / f"{soup}.json"), run_root / name / SOUP
+            evals, folder = _read_evals(run_root / "evals" / f"{soup}.json"), run_root / name / SOUP
             if evals:
                 digest = content_digest(content_files(folder)) if folder.is_dir() else None
                 points.append(Point(soup, False, {}, evals, [], "merge", {}, digest=digest))
-        evals = _read_json(run_root / "evals" / f"{name}.json")
+        evals = _read_evals(run_root / "evals" / f"{name}.json")
         log = _read_log(run_root / name / "train_log.jsonl") if manifest else []
         parents = {Path(p["path"]).name: p.get("digest") or "" for p in manifest.get("parents") or []}
         stage = manifest.get("stage") or evals.get("stage") or ""
@@ -85,23 +85,45 @@ def read_points(run_root: Path, runs: Sequence[str]) -> list[Point]:
     return points
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return _parse(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
+def _read_json(path: Path, remedy: str = "remove the file and run its stage again") -> dict[str, Any]:
+    return read_json(path, remedy=remedy) if path.is_file() else {}
+
+
+def _read_evals(path: Path) -> dict[str, Any]:
+    """What was measured on a checkpoint; Refusal where the file is not of the shape that evals have."""
+    remedy = "remove the file and measure again with smol-post evals"
+    evals = _read_json(path, remedy)
+    metrics, samples = evals.get("metrics") or {}, evals.get("samples") or []
+    if not isinstance(metrics, dict):
+        raise Refusal(f"{path}: metrics: found {describe(metrics)}, wanted an object; {remedy}")
+    for name, metric in metrics.items():
+        numbers = [metric.get("value"), metric.get("stderr")] if isinstance(metric, dict) else [""]
+        if not all(isinstance(one, int | float | None) for one in numbers):
+            raise Refusal(
+                f"{path}: metrics.{name}: found {describe(metric)}, wanted a value and its stderr; {remedy}"
+            )
+    if not isinstance(samples, list) or not all(isinstance(one, dict) for one in samples):
+        raise Refusal(f"{path}: samples: found {describe(samples)}, wanted a list of objects; {remedy}")
+    return evals
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise Refusal(f"{where}: not JSON ({error}); remove the file and run its stage again") from None
-    if not isinstance(value, dict):
-        raise Refusal(f"{where}: found a {type(value).__name__}, wanted a JSON object; run its stage again")
-    return value
+    """The lines of a training log, each loss with its step; Refusal with the line that is not so."""
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        where, remedy = f"{path}, line {number}", "remove the file and run its stage again"
+        if not line.strip():
+            continue
+        try:
+            found.append(json.loads(line.decode("utf-8")))
+        except ValueError as error:
+            raise Refusal(f"{where}: not JSON ({error}); {remedy}") from None
+        if not isinstance(found[-1], dict):
+            raise Refusal(f"{where}: found {describe(found[-1])}, wanted a JSON object; {remedy}")
+        loss, step = found[-1].get("loss"), found[-1].get("step")
+        if loss is not None and not (isinstance(loss, int | float) and isinstance(step, int | float)):
+            raise Refusal(f"{where}: found {describe(found[-1])}, wanted a loss and its step; {remedy}")
+    return found
 
 
 def metric_names(points: list[Point]) -> list[str]:

@@ -275,6 +275,29 @@ def test_a_broken_file_is_refused_by_name_and_line(root: Path) -> None:
         write_report(root, runs=RUNS)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("evals/sft.json", b'{"metrics": [1]}', r"metrics: found \[1\] \(list\), wanted an object"),
+        ("evals/sft.json", b'{"metrics": {"a": 1}}', r"metrics\.a: found 1 \(int\), wanted a value"),
+        ("evals/sft.json", b'{"metrics": {"a": {"value": "x"}}}', r"metrics\.a: found .*wanted a value"),
+        ("evals/sft.json", b'{"samples": ["x"]}', "samples: found .*wanted a list of objects"),
+        ("evals/sft.json", b"\xff", "not readable as JSON; remove the file and measure again"),
+        ("evals/merge_soup.json", b"[1]", "found list, wanted an object; .*measure again"),
+        ("evals/gates_sft.json", b"\xff", "not readable as JSON; remove the file"),
+        ("sft/train_log.jsonl", b'{"loss": 1.0}', "line 1: found .*wanted a loss and its step"),
+        ("sft/train_log.jsonl", b'{"loss": "x", "step": 1}', "line 1: found .*wanted a loss and its step"),
+        ("sft/train_log.jsonl", b'{"step": 1}\n[1]', "line 2: found .*wanted a JSON object"),
+        ("sft/train_log.jsonl", b"\n\xff", "line 2: not JSON"),
+    ],
+)
+def test_a_file_of_another_shape_is_refused_by_name(root: Path, file: str, content: bytes, said: str) -> None:
+    (root / file).write_bytes(content)
+    with pytest.raises(Refusal, match=f"{file}.*{said}") as refusal:
+        write_report(root, runs=RUNS)
+    assert "\n" not in str(refusal.value)
+
+
 def test_what_a_model_writes_cannot_run_in_the_reader(root: Path) -> None:
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)>"
     write_evals(root, "sft", samples=[{"mode": evil, "prompt": evil, "output": evil, "right": None}])
