@@ -196,7 +196,8 @@ def compare(argv: list[str]) -> int:
         for folder in parser.parse_args(argv).runs:
             if not manifest.is_whole(folder):
                 raise Refusal(f"{folder}: no whole run; give a run directory such as runs/tiny/sft")
-            *_, point = read_points(folder.parent, [folder.name])
+            whole = folder.resolve()
+            *_, point = read_points(whole.parent, [whole.name])
             points.append(replace(point, name=str(folder)))
         say(to_text(compare_table(*points)))
     except Refusal as refusal:

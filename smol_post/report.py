@@ -269,7 +269,8 @@ def _number_measured(points: list[Point], name: str) -> int:
 def compare_table(left: Point, right: Point) -> Table:
     """Two runs side by side: where recipes differ (of two stages: in keys of both), training, evals.
 
-    A difference of metrics is given in standard errors, as if the two were measured on other questions.
+    A difference of metrics is given in standard errors, as if the two were measured on other questions; none
+    where a note says that one of them must not be trusted.
     """
     recipes = [_leaves(one.manifest.get("recipe") or {}) for one in (left, right)]
     keys = [one.keys() for one in recipes]
@@ -283,10 +284,12 @@ def compare_table(left: Point, right: Point) -> Table:
         values = [(one.manifest.get("metrics") or {}).get(key) for one in (left, right)]
         if values != [None, None]:
             rows.append([Cell("training"), Cell(key), *map(Cell, map(number, values)), Cell("")])
+    notes = [left.note, right.note]
+    rows += [[Cell("evals"), Cell("note"), *map(Cell, notes), Cell("")]] if any(notes) else []
     for name in metric_names([left, right]):
         a, b = ([one.metric(name, key) for key in ("value", "stderr")] for one in (left, right))
         text = ""
-        if a[0] is not None and b[0] is not None:
+        if a[0] is not None and b[0] is not None and not any(notes):
             change, spread = b[0] - a[0], math.hypot(a[1] or 0, b[1] or 0)
             text = f"{change:+.3f}" + (f" ({abs(change) / spread:.1f} errors)" if spread else "")
         rows.append([Cell("evals"), Cell(name), _measured(*a), _measured(*b), Cell(text)])

@@ -559,6 +559,30 @@ def test_two_runs_side_by_side(root: Path, capsys: pytest.CaptureFixture[str]) -
     )
 
 
+def test_stale_evals_are_marked_side_by_side_and_have_no_difference(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = [str(root / "sft"), str(root / "apo_seed0")]
+    assert cli.compare(both) == 0
+    assert " note " not in capsys.readouterr().out
+    write_evals(root, "apo_seed0", checkpoint_digest=digest("an earlier one"))
+    assert cli.compare(both) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["evals", "note", "evals", "of", "another", "checkpoint"] in shown
+    lines = [line for line in shown if line[1] == "needle_8x"]
+    assert lines == [["evals", "needle_8x", *["0.250", "\u00b1", "0.005"] * 2]]
+
+
+def test_a_run_is_compared_from_inside_its_folder(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root / "sft")
+    assert cli.compare([".", "../apo_seed0"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == [".", "../apo_seed0", "difference"]
+    assert ["evals", "needle_8x", *["0.250", "\u00b1", "0.005"] * 2, "+0.000", "(0.0", "errors)"] in lines
+
+
 def test_importing_the_report_loads_neither_torch_nor_matplotlib() -> None:
     code = (
         "import sys, smol_post.report; sys.exit(bool({'torch', 'matplotlib', 'jinja2'} & set(sys.modules)))"
