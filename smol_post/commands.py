@@ -189,7 +189,7 @@ def compare(argv: list[str]) -> int:
         "runs", nargs=2, type=Path, metavar="RUN", help="a run directory, such as runs/tiny/sft"
     )
     try:
-        from smol_post.points import read_points
+        from smol_post.points import mark_others, read_points
         from smol_post.report import compare_table, to_text
 
         points = []
@@ -199,7 +199,7 @@ def compare(argv: list[str]) -> int:
             whole = folder.resolve()
             *_, point = read_points(whole.parent, [whole.name])
             points.append(replace(point, name=str(folder)))
-        say(to_text(compare_table(*points)))
+        say(to_text(compare_table(*mark_others(points))))
     except Refusal as refusal:
         return refuse(refusal)
     return EXIT_OK

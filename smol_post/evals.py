@@ -64,6 +64,7 @@ def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job], *, only: str | None =
     code = [resources.files("smol_post").joinpath(name).read_text() for name in CODE]
     versions = {name: metadata.version(name) for name in LIBRARIES}
     what = _what(recipe)
+    asked = manifest.digest_tree(_asked(what))
     todo: list[tuple[Path, EvalsRecipe, Path, dict[str, Any]]] = []
     for name, stage, folder, digest in checkpoints(jobs):
         if only not in (None, name):
@@ -72,6 +73,7 @@ def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job], *, only: str | None =
         ours = recipe.model_copy(update=changes)
         suite = manifest.digest_tree({"recipe": what | changes, "code": code, "versions": versions})
         about = {"run": name, "stage": stage, "checkpoint_digest": digest, "suite_digest": suite}
+        about["asked_digest"] = asked
         path = jobs[0].run_dir.parent / "evals" / f"{name}.json"
         if _holds(path, about):
             say(f"evals: {name}: kept, same checkpoint and suite")
@@ -80,8 +82,8 @@ def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job], *, only: str | None =
     if todo and recipe.harness:
         from smol_post import harness
 
-        for asked in recipe.harness:
-            harness.find(asked)  # an unknown task is refused now, not after hours
+        for entry in recipe.harness:
+            harness.find(entry)  # an unknown task is refused now, not after hours
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_workers = min(num_cores // (recipe.num_threads or num_cores), len(todo))
     # the last first: they have most to do
@@ -154,6 +156,15 @@ def _what(recipe: EvalsRecipe) -> dict[str, Any]:
                 if path.parent.name != "__pycache__"
             }
     return tree
+
+
+def _asked(what: dict[str, Any]) -> dict[str, Any]:
+    """The questions of `_what`, without how they are gone through and what the last run alone is asked."""
+    how = {"num_threads", "batch_size", "num_samples", "version", "num_yarn_questions", *WITHOUT_YARN}
+    asked = {key: value for key, value in what.items() if key not in how}
+    asked["probes"] = [one for one in what["probes"] if not one["yarn"]]
+    asked["harness"] = [{k: v for k, v in one.items() if k not in how} for one in what["harness"]]
+    return asked
 
 
 def at_once(call: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *, num_workers: int) -> bool:

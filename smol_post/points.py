@@ -2,8 +2,9 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Point:
     gated: dict[str, Any] = field(default_factory=dict)  # what became of the gates, if they were measured
     verified: dict[str, Any] = field(default_factory=dict)  # verify.json, of a run that is not whole too
     digest: str | None = None  # of the checkpoint as it is now; None where there is none
+    asked_others: bool = False  # than those it stands beside
 
     @property
     def note(self) -> str:
@@ -50,7 +52,9 @@ class Point:
         if self.is_run and not self.manifest:
             return "not run"
         stale = self.evals.get("checkpoint_digest") != self.digest
-        return "no evals" if not self.evals else "evals of another checkpoint" if stale else ""
+        if not self.evals or stale:
+            return "evals of another checkpoint" if self.evals else "no evals"
+        return "asked other questions" if self.asked_others else ""
 
     def metric(self, name: str, key: str = "value") -> float | None:
         """The value (or stderr) of a metric; None where it was not measured or the run is not there."""
@@ -82,7 +86,21 @@ def read_points(run_root: Path, runs: Sequence[str]) -> list[Point]:
         verified = _read_json(run_root / name / "verify.json")
         digest = manifest.get("digest")
         points.append(Point(name, True, manifest, evals, log, stage, parents, gated, verified, digest))
-    return points
+    return mark_others(points)
+
+
+def mark_others(points: list[Point]) -> list[Point]:
+    """Points that were asked other questions than most of the measured ones are marked; of two, both are.
+
+    Evals that do not say what was asked are not marked.
+    """
+    points = [replace(p, asked_others=False) for p in points]
+    asked = [p.evals.get("asked_digest") if not p.note else None for p in points]
+    counts = Counter(digest for digest in asked if digest)
+    most = max(counts, key=counts.__getitem__, default=None)
+    most = None if len(points) == len(counts) == 2 else most
+    others = [digest is not None and digest != most for digest in asked]
+    return [replace(p, asked_others=other) for p, other in zip(points, others, strict=True)]
 
 
 def _read_json(path: Path, remedy: str = "remove the file and run its stage again") -> dict[str, Any]:

@@ -471,6 +471,36 @@ def test_a_result_is_measured_again_where_a_file_moves_to_another_question(
         assert measured(asking(*haystacks)) == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"num_threads": 2}, True),
+        ({"batch_size": 1}, True),
+        ({"num_yarn_questions": 1}, True),
+        ({"yarn_context": 512, "yarn_needle_tokens": [64]}, True),
+        ({"probes": [{"kind": "single", "lengths": [99], "yarn": True}], "yarn_context": 512}, True),
+        ({"probes": [{"kind": "single", "lengths": [99]}]}, False),
+        ({"seed": 3}, False),
+        ({"max_new_tokens": 5}, False),
+        ({"needle_options": {"max_overwrites": 1}}, False),
+    ],
+)
+def test_evals_say_what_was_asked_whatever_code_and_yarn(
+    suite: Callable[..., str],
+    measured: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    same: bool,
+) -> None:
+    found = []
+    for recipe in ({}, changes):
+        assert measured(commands.load_suite(Path(suite(**recipe)))) == 1
+        found.append(json.loads((tmp_path / "evals" / "one.json").read_text())["asked_digest"])
+        monkeypatch.setattr(evals, "CODE", evals.CODE[1:])
+    assert (found[0] == found[1]) is same
+
+
 @pytest.mark.parametrize("text", ['{"run": "on', "[1]", "\xff"])
 def test_a_result_that_is_not_readable_is_measured_again(
     suite: Callable[..., str], measured: Callable[..., int], tmp_path: Path, text: str

@@ -219,6 +219,30 @@ def test_evals_of_an_earlier_soup_are_marked(root: Path, fate: str) -> None:
     assert notes == dict.fromkeys(METRICS, "") | {"merge_soup": "evals of another checkpoint"}
 
 
+def test_a_row_that_was_asked_other_questions_is_marked_and_never_the_best(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, asked in {"base": "b", "sft": "a", "apo_seed0": "a"}.items():
+        write_evals(root, name, asked_digest=asked)
+    notes = {point.name: point.note for point in read_points(root, RUNS)}
+    assert notes == dict.fromkeys(METRICS, "") | {"base": "asked other questions"}  # the merge does not say
+    page = page_of(root)
+    assert [page.metric(name, "needle_8x")[1] for name in METRICS] == [False, False, False, False, True]
+    assert cli.compare([str(root / "base"), str(root / "sft")]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["evals", "note", *["asked", "other", "questions"] * 2] in shown
+    assert cli.compare([str(root / "sft"), str(root / "merge")]) == 0
+    assert " note " not in capsys.readouterr().out
+
+
+def test_stale_rows_do_not_decide_what_most_were_asked(root: Path) -> None:
+    for name in ("base", "sft"):
+        write_evals(root, name, asked_digest="old", checkpoint_digest=digest("an earlier one"))
+    write_evals(root, "apo_seed0", asked_digest="new")
+    notes = [point.note for point in read_points(root, RUNS)]
+    assert notes == ["evals of another checkpoint"] * 2 + [""] * 3
+
+
 def test_a_file_of_evals_that_no_run_of_the_chain_wrote_is_no_checkpoint(root: Path) -> None:
     for name in ("sft_old", "sft_soup", "merge_old", "gates_sft"):
         write_json(root / "evals" / f"{name}.json", {"metrics": {"needle_8x": {"value": 1.0, "stderr": 0.0}}})
