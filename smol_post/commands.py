@@ -128,6 +128,11 @@ def evaluate(argv: list[str]) -> int:
     try:
         recipe = load_suite(arguments.suite, arguments.overrides)
         folder = find_model(arguments.model)
+        if not recipe.metric_names() and not recipe.harness:
+            raise Refusal(
+                f"{arguments.suite}: it asks nothing: every number of questions is 0, or no length is given; "
+                "give some, or probes, perplexity or harness"
+            )
         from smol_post import evals as stage
 
         stage.check_lengths(folder, recipe)

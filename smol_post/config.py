@@ -355,6 +355,11 @@ class Harness(Strict):
         return self
 
 
+NeedleTokens = Annotated[
+    int, Field(ge=10)
+]  # the shortest document with a needle, its question and the answer
+
+
 class EvalsRecipe(Strict):
     """What is measured on every checkpoint of the chain; `yarn_...`: on its last run, with YaRN and without.
 
@@ -366,11 +371,11 @@ class EvalsRecipe(Strict):
     stage: Literal["evals"]
     seed: int = 1_000_000
     num_threads: int | None = Field(default=None, gt=0)
-    needle_tokens: list[int] = [64, 256, 512]
+    needle_tokens: list[NeedleTokens] = [64, 256, 512]
     num_needle_questions: int = Field(default=200, ge=0)
     needle_options: dict[str, Any] = {}
     yarn_context: int | None = Field(default=None, gt=0)
-    yarn_needle_tokens: list[int] = []
+    yarn_needle_tokens: list[NeedleTokens] = []
     num_yarn_questions: int = Field(default=100, gt=0)
     num_arithmetic_questions: int = Field(default=200, ge=0)
     arithmetic_options: dict[str, Any] = {}
@@ -419,6 +424,26 @@ class EvalsRecipe(Strict):
         if self.turn_prompts and not self.num_turn_questions:
             raise ValueError("turn_prompts: num_turn_questions is 0, so nothing is asked; give a number")
         return self
+
+    def needle(self, num_tokens: int) -> str:
+        """`needle_4x`: a document of four times the shortest."""
+        return f"needle_{num_tokens / min(self.needle_tokens, default=1):g}x"
+
+    def metric_names(self, *, yarn: bool = True) -> list[str]:
+        """All that it measures of a checkpoint with both modes, but for tasks of the harness."""
+        yarn = yarn and self.yarn_context is not None
+        found = [self.needle(length) for length in self.needle_tokens if self.num_needle_questions]
+        for length in self.yarn_needle_tokens if yarn else []:
+            found += [f"{self.needle(length)}_yarn"]
+            found += [self.needle(length)] if length not in self.needle_tokens else []
+        for mode in ("think", "no_think"):
+            if self.num_arithmetic_questions:
+                found += [f"{mode}_greedy", f"{mode}_sampled", f"mode_{mode}", f"mode_{mode}_sampled"]
+            if self.num_turn_questions:
+                found += [f"mode_{mode}_flag", f"mode_{mode}_turn3"]
+        found += ["preference_accuracy"] if self.num_preference_pairs else []
+        found += [one.metric(length) for one in self.probes if yarn or not one.yarn for length in one.lengths]
+        return [*found, *(f"perplexity_{one.name}" for one in self.perplexity)]
 
     def files(self) -> list[str]:
         """The files that are asked about."""

@@ -267,7 +267,7 @@ def evaluate(
 
     def needles(lengths: list[int], num_questions: int, suffix: str = "") -> None:
         for num_tokens in lengths if num_questions else []:
-            metrics[f"needle_{num_tokens / shortest:g}x{suffix}"] = scoring.needles(
+            metrics[f"{recipe.needle(num_tokens)}{suffix}"] = scoring.needles(
                 lm,
                 tokenizer,
                 num_tokens=num_tokens,

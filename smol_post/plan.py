@@ -145,12 +145,15 @@ def check_names(recipe: config.Recipe, path: Path) -> None:
         if not isinstance(inner := loading.load_recipe(suite), config.EvalsRecipe):
             raise Refusal(f"{path}: gate.suite: {suite} is of stage {inner.stage}, wanted evals")
         check_names(inner, suite)
-    options = [(one.generator, one.options) for one in getattr(recipe, "sources", []) if one.generator]
+        if not inner.harness:
+            check_metrics([recipe.gate.recover, *recipe.gate.keep], inner, where=f"{path}: gate", yarn=False)
+    sources = [one for one in getattr(recipe, "sources", []) if one.generator]
+    options = [(one.generator, one.options, ()) for one in sources]
     if isinstance(recipe, config.EvalsRecipe):
         options += [
-            ("needle_questions", recipe.needle_options),
-            ("arithmetic_questions", recipe.arithmetic_options),
-            ("preference_pairs", recipe.preference_options),
+            ("needle_questions", recipe.needle_options, ("num_tokens",)),
+            ("arithmetic_questions", recipe.arithmetic_options, ("enable_thinking",)),
+            ("preference_pairs", recipe.preference_options, ()),
         ]
         if recipe.harness and find_spec("lm_eval") is None:
             raise Refusal(f"{path}: harness: lm-eval is not installed; pip install 'smol_post[eval]'")
@@ -160,11 +163,19 @@ def check_names(recipe: config.Recipe, path: Path) -> None:
                     f"{path}: harness: include_path: no such folder {one.include_path}; "
                     "give one with task files, counted from the recipe's folder"
                 )
-    for name, given in options:
+    for name, chosen, given in options:
         try:
-            synthetic.check_options(name, given)
+            synthetic.check_options(name, chosen, given=given)
         except ValueError as error:
             raise Refusal(f"{path}: {error}") from None
+
+
+def check_metrics(names: list[str], suite: config.EvalsRecipe, *, where: str, yarn: bool) -> None:
+    """Refusal where a suite without harness measures no metric of one of `names`."""
+    known = suite.metric_names(yarn=yarn)
+    for name in names:
+        if name not in known:
+            raise Refusal(f"{where}: its suite measures no '{name}'{did_you_mean(name, known)}")
 
 
 def missing_parents(job: Job, pipeline: list[Job]) -> list[Job]:

@@ -335,7 +335,29 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "found 1 windows of 99 tokens, wanted two at least",
     ),
     "prompts": ({"turn_prompts": "x.jsonl"}, "num_turn_questions is 0"),
-    "nothing": ({}, "nothing of it can be asked"),
+    "nothing": ({}, "it asks nothing: every number of questions is 0"),
+    "nothing of chats": ({"num_turn_questions": 2}, "nothing of it can be asked"),
+    **{
+        f"needles of {length}": (
+            {"needle_tokens": [length], "num_needle_questions": 2},
+            f"needle_tokens.0: found {length}",
+        )
+        for length in (0, 5, -5, 9)
+    },
+    "yarn needles": ({"yarn_needle_tokens": [5], "yarn_context": 512}, "yarn_needle_tokens.0: found 5"),
+    **{
+        str(options): ({key: options}, message)
+        for key, options, message in (
+            ("needle_options", {"num_keys": 0}, "'num_keys': found 0 (int), wanted a whole number"),
+            ("needle_options", {"max_overwrites": "many"}, "\"many\" (str), wanted a whole number from 0"),
+            ("needle_options", {"num_tokens": 62}, "option 'num_tokens' is not to be chosen here"),
+            ("arithmetic_options", {"enable_thinking": True}, "'enable_thinking' is not to be chosen here"),
+            ("arithmetic_options", {"min_steps": 6, "max_steps": 3}, "min_steps 6 is more than max_steps 3"),
+            ("arithmetic_options", {"max_steps": 2}, "min_steps 3 is more than max_steps 2"),
+            ("arithmetic_options", {"flag_share": 2}, "found 2 (int), wanted a share, from 0 to 1"),
+            ("preference_options", {"min_steps": True}, "found true (bool), wanted a whole number from 1"),
+        )
+    },
     "stage": ({"stage": "evil"}, "stage: found \"evil\""),
 }  # fmt: skip
 
@@ -360,10 +382,68 @@ def test_a_suite_that_cannot_be_asked_is_refused_in_one_line(
     checkpoint: Path, suite: Callable[..., str], capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     changes, message = BAD[case]
+    if case == "nothing of chats":
+        (checkpoint / "chat_template.jinja").unlink()
     assert commands.evaluate([str(checkpoint), "--suite", suite(**changes)]) == 2
     out, error = capsys.readouterr()
     assert (out, error.count("\n")) == ("", 1)
     assert message in error
+
+
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n{# enable_thinking #}"
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            "num_arithmetic_questions",
+            "its chat template refuses a chat of system, user (System role not supp",
+        ),
+        (
+            "num_turn_questions",
+            "its chat template refuses a chat of system, user (System role not supported)",
+        ),
+        ("num_preference_pairs", "preference pairs: the chat template refuses the row: System role not supp"),
+    ],
+)
+def test_a_template_that_refuses_a_system_message_is_told_in_one_line(
+    checkpoint: Path, suite: Callable[..., str], capsys: pytest.CaptureFixture[str], asked: str, said: str
+) -> None:
+    (checkpoint / "chat_template.jinja").write_text(NO_SYSTEM)
+    assert commands.evaluate([str(checkpoint), "--suite", suite(**{asked: 20})]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"refused: {checkpoint}: {said}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_names_of_a_suite_are_those_of_what_it_measures(
+    checkpoint: Path, suite: Callable[..., str]
+) -> None:
+    path = suite(
+        needle_tokens=[20, 50],
+        num_needle_questions=1,
+        yarn_context=1024,
+        yarn_needle_tokens=[50, 90],
+        num_arithmetic_questions=1,
+        num_preference_pairs=1,
+        num_turn_questions=1,
+        probes=[
+            {"kind": "single", "lengths": [240], "num_questions": 1},
+            {"kind": "single", "lengths": [400], "num_questions": 1, "as": "chat", "yarn": True},
+        ],
+        perplexity=[{"name": "hay", "path": "hay.txt", "max_tokens": 64}],
+    )
+    recipe = commands.load_suite(Path(path))
+    found, _ = evals.evaluate(checkpoint, recipe)
+    assert sorted(found) == sorted(recipe.metric_names())
+    found, _ = evals.evaluate(checkpoint, recipe.model_copy(update=evals.WITHOUT_YARN))
+    assert sorted(found) == sorted(recipe.metric_names(yarn=False))
 
 
 @pytest.mark.parametrize("model", ["none", "./no/such", "runs/tiny/none"])
