@@ -84,6 +84,8 @@ class Bound(Strict):
     def _says_something(self) -> "Bound":
         if self.min is None and self.max is None:
             raise ValueError("give 'min', 'max' or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min:g} is more than max {self.max:g}, which no value is; swap them")
         return self
 
     def holds(self, value: float | None) -> bool:

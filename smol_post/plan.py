@@ -197,7 +197,7 @@ def resolve_parent(job: Job, path: str) -> Parent:
         if not manifest.is_whole(root):
             raise Refusal(f"{job.run_dir}: parent {path} is not whole; {_how_to_make(job, root.name)}")
         found = manifest.verify(root)
-        _check_gates(job, root, found["digest"])
+        _check_gates(job, path, root, found["digest"])
         if folder.resolve() == root.resolve():
             return Parent(path, root.resolve(), found["digest"], found["stage"])
         return Parent(path, folder.resolve(), _folder_digest(path, folder), found["stage"])
@@ -205,6 +205,7 @@ def resolve_parent(job: Job, path: str) -> Parent:
         folder = Path(path).expanduser()
         if manifest.is_whole(folder):
             found = manifest.verify(folder)
+            _check_gates(job, path, folder.resolve(), found["digest"])
             return Parent(path, folder, found["digest"], found["stage"])
         return Parent(path, folder, _folder_digest(path, folder), None)
     if Path(path).is_dir() or (job.recipe_file.parent / path).is_dir():
@@ -215,14 +216,14 @@ def resolve_parent(job: Job, path: str) -> Parent:
     return Parent(path, folder, f"hub:{path.partition('@')[0]}@{folder.name}", None)
 
 
-def _check_gates(job: Job, root: Path, digest: str) -> None:
+def _check_gates(job: Job, parent: str, root: Path, digest: str) -> None:
     """Refuse a parent that was found to fall short of its gates."""
     path = root.parent / "evals" / f"{manifest.GATES}_{root.name}.json"
     found = manifest.read_json(path) if path.is_file() else {}
     if found.get("digest") == digest and not found["passed"]:
         raise Refusal(
-            f"{job.run_dir}: parent ../{root.name} falls short: {'; '.join(found['short'])}; mend its "
-            f"recipe, or its gates and type smol-post run {job.recipe_file.parent}"
+            f"{job.run_dir}: parent {parent} falls short: {'; '.join(found['short'])}; mend its "
+            "recipe, or its gates and type smol-post run with its recipe folder"
         )
 
 
