@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from smol_post import config, hub, loading, manifest, runner
-from smol_post.plan import Job, check_names, default_run_root, make_plan, say
+from smol_post.plan import Job, check_metrics, check_names, default_run_root, make_plan, say
 from smol_post.refusal import Failure, Refusal, did_you_mean
 from smol_post.runner import EXIT_OK, Parser, refuse
 
@@ -38,11 +38,7 @@ def run(argv: list[str]) -> int:
                 raise Refusal(f"--until {arguments.until}: no such run{did_you_mean(arguments.until, names)}")
             jobs = jobs[: names.index(arguments.until) + 1]
         for job in jobs:
-            if getattr(job.recipe, "gates", None) and suite is None:
-                raise Refusal(
-                    f"{job.recipe_file}: gates: pipeline.yaml names no evals that would measure them; "
-                    "add evals: evals.yaml"
-                )
+            check_gates(job, suite, is_last=job.name == plan.pipeline[-1].name)
     except Refusal as refusal:
         return refuse(refusal)
 
@@ -71,6 +67,18 @@ def run(argv: list[str]) -> int:
     code = report(rest)
     say(f"model: {jobs[-1].run_dir}")
     return code
+
+
+def check_gates(job: Job, suite: config.EvalsRecipe | None, *, is_last: bool) -> None:
+    """Refusal where nothing would measure a gate of a run; what a harness measures is known afterwards."""
+    gates = job.recipe.gates if isinstance(job.recipe, config.Made) else {}
+    if gates and suite is None:
+        raise Refusal(
+            f"{job.recipe_file}: gates: pipeline.yaml names no evals that would measure them; "
+            "add evals: evals.yaml"
+        )
+    if suite is not None and not suite.harness:
+        check_metrics(list(gates), suite, where=f"{job.recipe_file}: gates", yarn=is_last)
 
 
 def load_evals(folder: Path, pairs: list[str] | None = None) -> config.EvalsRecipe | None:
@@ -128,6 +136,11 @@ def evaluate(argv: list[str]) -> int:
     try:
         recipe = load_suite(arguments.suite, arguments.overrides)
         folder = find_model(arguments.model)
+        if not recipe.metric_names() and not recipe.harness:
+            raise Refusal(
+                f"{arguments.suite}: it asks nothing: every number of questions is 0, or no length is given; "
+                "give some, or probes, perplexity or harness"
+            )
         from smol_post import evals as stage
 
         stage.check_lengths(folder, recipe)
@@ -189,16 +202,17 @@ def compare(argv: list[str]) -> int:
         "runs", nargs=2, type=Path, metavar="RUN", help="a run directory, such as runs/tiny/sft"
     )
     try:
-        from smol_post.points import read_points
+        from smol_post.points import mark_others, read_points
         from smol_post.report import compare_table, to_text
 
         points = []
         for folder in parser.parse_args(argv).runs:
             if not manifest.is_whole(folder):
                 raise Refusal(f"{folder}: no whole run; give a run directory such as runs/tiny/sft")
-            *_, point = read_points(folder.parent, [folder.name])
+            whole = folder.resolve()
+            *_, point = read_points(whole.parent, [whole.name])
             points.append(replace(point, name=str(folder)))
-        say(to_text(compare_table(*points)))
+        say(to_text(compare_table(*mark_others(points))))
     except Refusal as refusal:
         return refuse(refusal)
     return EXIT_OK

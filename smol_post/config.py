@@ -84,6 +84,8 @@ class Bound(Strict):
     def _says_something(self) -> "Bound":
         if self.min is None and self.max is None:
             raise ValueError("give 'min', 'max' or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min:g} is more than max {self.max:g}, which no value is; swap them")
         return self
 
     def holds(self, value: float | None) -> bool:
@@ -256,10 +258,11 @@ class ApoRecipe(Training):
 
 
 class MergeGate(Strict):
-    """How a sweep chooses: the highest `recover` among candidates that lose little of each metric of `keep`.
+    """How a sweep chooses: the best `recover` among candidates that lose little of each metric of `keep`.
 
-    suite: an evals recipe, asked with a seed that no report uses. keep: points (hundredths) that a metric may
-    be below the soup's.
+    suite: an evals recipe. Its generated questions are asked with `seed`, which no report uses; texts of
+    perplexity and tasks of the harness are the very ones of a report. keep: points (hundredths) that a metric
+    may be worse than the soup's.
     """
 
     suite: str
@@ -354,6 +357,11 @@ class Harness(Strict):
         return self
 
 
+NeedleTokens = Annotated[
+    int, Field(ge=10)
+]  # the shortest document with a needle, its question and the answer
+
+
 class EvalsRecipe(Strict):
     """What is measured on every checkpoint of the chain; `yarn_...`: on its last run, with YaRN and without.
 
@@ -365,11 +373,11 @@ class EvalsRecipe(Strict):
     stage: Literal["evals"]
     seed: int = 1_000_000
     num_threads: int | None = Field(default=None, gt=0)
-    needle_tokens: list[int] = [64, 256, 512]
+    needle_tokens: list[NeedleTokens] = [64, 256, 512]
     num_needle_questions: int = Field(default=200, ge=0)
     needle_options: dict[str, Any] = {}
     yarn_context: int | None = Field(default=None, gt=0)
-    yarn_needle_tokens: list[int] = []
+    yarn_needle_tokens: list[NeedleTokens] = []
     num_yarn_questions: int = Field(default=100, gt=0)
     num_arithmetic_questions: int = Field(default=200, ge=0)
     arithmetic_options: dict[str, Any] = {}
@@ -418,6 +426,26 @@ class EvalsRecipe(Strict):
         if self.turn_prompts and not self.num_turn_questions:
             raise ValueError("turn_prompts: num_turn_questions is 0, so nothing is asked; give a number")
         return self
+
+    def needle(self, num_tokens: int) -> str:
+        """`needle_4x`: a document of four times the shortest."""
+        return f"needle_{num_tokens / min(self.needle_tokens, default=1):g}x"
+
+    def metric_names(self, *, yarn: bool = True) -> list[str]:
+        """All that it measures of a checkpoint with both modes, but for tasks of the harness."""
+        yarn = yarn and self.yarn_context is not None
+        found = [self.needle(length) for length in self.needle_tokens if self.num_needle_questions]
+        for length in self.yarn_needle_tokens if yarn else []:
+            found += [f"{self.needle(length)}_yarn"]
+            found += [self.needle(length)] if length not in self.needle_tokens else []
+        for mode in ("think", "no_think"):
+            if self.num_arithmetic_questions:
+                found += [f"{mode}_greedy", f"{mode}_sampled", f"mode_{mode}", f"mode_{mode}_sampled"]
+            if self.num_turn_questions:
+                found += [f"mode_{mode}_flag", f"mode_{mode}_turn3"]
+        found += ["preference_accuracy"] if self.num_preference_pairs else []
+        found += [one.metric(length) for one in self.probes if yarn or not one.yarn for length in one.lengths]
+        return [*found, *(f"perplexity_{one.name}" for one in self.perplexity)]
 
     def files(self) -> list[str]:
         """The files that are asked about."""

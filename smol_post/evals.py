@@ -8,7 +8,6 @@ A result is kept while checkpoint, recipe and scoring code are the same. The sou
 """
 
 import copy
-import json
 import multiprocessing
 import os
 import signal
@@ -35,13 +34,17 @@ CODE = (
     "scoring.py",
     "probes.py",
     "synthetic.py",
+    "sources.py",
     "chat.py",
     "messages.py",
     "encoding.py",
+    "vocabulary.py",
     "model.py",
+    "attention.py",
     "export.py",
     "harness.py",
 )
+LIBRARIES = ("torch", "transformers")  # whose versions are part of the key
 WITHOUT_YARN = {"yarn_context": None, "yarn_needle_tokens": []}
 
 
@@ -59,24 +62,28 @@ def checkpoints(jobs: Sequence[Job]) -> Iterator[tuple[str, str, Path, str]]:
 def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job], *, only: str | None = None) -> None:
     """Measure what has no valid result yet (`only` this run); one line and one file a checkpoint."""
     code = [resources.files("smol_post").joinpath(name).read_text() for name in CODE]
-    files = [manifest.digest_file(Path(path)) for path in recipe.files()]
+    versions = {name: metadata.version(name) for name in LIBRARIES}
+    what = _what(recipe)
+    asked = manifest.digest_tree(_asked(what))
     todo: list[tuple[Path, EvalsRecipe, Path, dict[str, Any]]] = []
     for name, stage, folder, digest in checkpoints(jobs):
         if only not in (None, name):
             continue
-        ours = recipe if folder == jobs[-1].run_dir else recipe.model_copy(update=WITHOUT_YARN)
-        suite = manifest.digest_tree({"recipe": _what(ours), "code": code, "files": files})
+        changes = {} if folder == jobs[-1].run_dir else WITHOUT_YARN
+        ours = recipe.model_copy(update=changes)
+        suite = manifest.digest_tree({"recipe": what | changes, "code": code, "versions": versions})
         about = {"run": name, "stage": stage, "checkpoint_digest": digest, "suite_digest": suite}
+        about["asked_digest"] = asked
         path = jobs[0].run_dir.parent / "evals" / f"{name}.json"
-        if path.is_file() and about.items() <= json.loads(path.read_text()).items():
+        if _holds(path, about):
             say(f"evals: {name}: kept, same checkpoint and suite")
         else:
             todo.append((folder, ours, path, about))
     if todo and recipe.harness:
         from smol_post import harness
 
-        for asked in recipe.harness:
-            harness.find(asked)  # an unknown task is refused now, not after hours
+        for entry in recipe.harness:
+            harness.find(entry)  # an unknown task is refused now, not after hours
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_workers = min(num_cores // (recipe.num_threads or num_cores), len(todo))
     # the last first: they have most to do
@@ -120,9 +127,25 @@ def hold(recipe: EvalsRecipe, jobs: Sequence[Job], job: Job) -> None:
     say(f"{job.name}: passed {len(found)} gates")
 
 
+def _holds(path: Path, about: dict[str, Any]) -> bool:
+    """Whether a result is there, readable, and of what `about` says."""
+    try:
+        return path.is_file() and about.items() <= manifest.read_json(path).items()
+    except Refusal:
+        return False
+
+
 def _what(recipe: EvalsRecipe) -> dict[str, Any]:
-    """What a recipe measures; local task files by what is in them, not by where they are."""
-    tree = recipe.model_dump()
+    """What a recipe measures; a file stands in its place by what is in it, not by where it is."""
+
+    def digest(path: str | None) -> str | None:
+        return manifest.digest_file(Path(path)) if path else None
+
+    tree: dict[str, Any] = recipe.model_dump() | {"turn_prompts": digest(recipe.turn_prompts)}
+    for entry, probe in zip(tree["probes"], recipe.probes, strict=True):
+        entry["haystack"] = digest(probe.haystack)
+    for entry, texts in zip(tree["perplexity"], recipe.perplexity, strict=True):
+        entry["path"] = digest(texts.path)
     for entry in tree["harness"]:
         entry["version"] = metadata.version("lm_eval")
         if entry["include_path"]:
@@ -133,6 +156,15 @@ def _what(recipe: EvalsRecipe) -> dict[str, Any]:
                 if path.parent.name != "__pycache__"
             }
     return tree
+
+
+def _asked(what: dict[str, Any]) -> dict[str, Any]:
+    """The questions of `_what`, without how they are gone through and what the last run alone is asked."""
+    how = {"num_threads", "batch_size", "num_samples", "version", "num_yarn_questions", *WITHOUT_YARN}
+    asked = {key: value for key, value in what.items() if key not in how}
+    asked["probes"] = [one for one in what["probes"] if not one["yarn"]]
+    asked["harness"] = [{k: v for k, v in one.items() if k not in how} for one in what["harness"]]
+    return asked
 
 
 def at_once(call: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *, num_workers: int) -> bool:
@@ -235,7 +267,7 @@ def evaluate(
 
     def needles(lengths: list[int], num_questions: int, suffix: str = "") -> None:
         for num_tokens in lengths if num_questions else []:
-            metrics[f"needle_{num_tokens / shortest:g}x{suffix}"] = scoring.needles(
+            metrics[f"{recipe.needle(num_tokens)}{suffix}"] = scoring.needles(
                 lm,
                 tokenizer,
                 num_tokens=num_tokens,

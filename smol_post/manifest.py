@@ -78,18 +78,16 @@ def is_whole(run_dir: Path) -> bool:
     return (run_dir / MANIFEST).is_file()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of ours; Refusal where the file is missing or damaged."""
+def read_json(path: Path, *, remedy: str = "remove the run and make it again") -> dict[str, Any]:
+    """A JSON object of ours; Refusal, with what to do, where the file is missing or damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Refusal(f"{path}: no such file, so this run is not whole; finish the run first") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise Refusal(f"{path}: not readable as JSON; remove the run and make it again") from None
+        raise Refusal(f"{path}: not readable as JSON; {remedy}") from None
     if not isinstance(found, dict):
-        raise Refusal(
-            f"{path}: found {type(found).__name__}, wanted an object; remove the run and make it again"
-        )
+        raise Refusal(f"{path}: found {type(found).__name__}, wanted an object; {remedy}")
     return found
 
 

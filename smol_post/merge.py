@@ -10,6 +10,7 @@ configuration are checked afterwards.
 """
 
 import logging
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from smol_post import loading, manifest, runner
 from smol_post.config import EvalsRecipe, MergeGate, MergeRecipe
+from smol_post.points import lower_is_better
 from smol_post.refusal import Refusal, did_you_mean
 
 if TYPE_CHECKING:
@@ -107,20 +109,35 @@ def sweep(
             if name not in metrics:
                 hint = did_you_mean(name, list(metrics))
                 raise Refusal(f"{job.recipe_file}: gate: {gate.suite} measures no '{name}'{hint}")
+        check_soup(candidates[0], gate)
         said = "  ".join(f"{name} {metrics[name]['value']:.3f}" for name in (gate.recover, *gate.keep))
         job.announce(f"weight {weight:g}: {said}")
     return candidates
 
 
+def check_soup(soup: dict[str, Any], gate: MergeGate) -> None:
+    """Refusal where a metric of the gate is not a finite number of the soup: nothing could be held to it."""
+    for name in (gate.recover, *gate.keep):
+        value = soup["metrics"][name]["value"]
+        if not math.isfinite(value):
+            raise Refusal(
+                f"gate: {name} of the soup is {value}, wanted a finite number; choose by another metric"
+            )
+
+
 def choose(candidates: Sequence[dict[str, Any]], gate: MergeGate) -> dict[str, Any]:
     """The candidate that recovers most of those that keep enough; each is marked "keeps" and "chosen".
 
-    The first one, the soup, keeps everything. Of two that recover as much, the smaller weight.
+    The first one, the soup, keeps everything; one whose numbers are not finite does not. Of two that recover
+    as much, the smaller weight.
     """
-    values = [{name: one["value"] for name, one in each["metrics"].items()} for each in candidates]
+    check_soup(candidates[0], gate)
+    signs = {name: -1 if lower_is_better(name) else 1 for name in (gate.recover, *gate.keep)}
+    values = [{n: sign * each["metrics"][n]["value"] for n, sign in signs.items()} for each in candidates]
+    floors = {name: values[0][name] - points / 100 for name, points in gate.keep.items()}
     for each, value in zip(candidates, values, strict=True):
-        floors = {name: values[0][name] - points / 100 for name, points in gate.keep.items()}
-        each["keeps"] = all(value[name] >= floor - 1e-9 for name, floor in floors.items())
+        kept = all(value[name] >= floor - 1e-9 for name, floor in floors.items())
+        each["keeps"] = kept and all(map(math.isfinite, value.values()))
         each["chosen"] = False
     kept = [at for at, each in enumerate(candidates) if each["keeps"]]
     best = candidates[max(kept, key=lambda at: (values[at][gate.recover], -candidates[at]["weight"]))]

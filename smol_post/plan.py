@@ -145,12 +145,15 @@ def check_names(recipe: config.Recipe, path: Path) -> None:
         if not isinstance(inner := loading.load_recipe(suite), config.EvalsRecipe):
             raise Refusal(f"{path}: gate.suite: {suite} is of stage {inner.stage}, wanted evals")
         check_names(inner, suite)
-    options = [(one.generator, one.options) for one in getattr(recipe, "sources", []) if one.generator]
+        if not inner.harness:
+            check_metrics([recipe.gate.recover, *recipe.gate.keep], inner, where=f"{path}: gate", yarn=False)
+    sources = [one for one in getattr(recipe, "sources", []) if one.generator]
+    options = [(one.generator, one.options, ()) for one in sources]
     if isinstance(recipe, config.EvalsRecipe):
         options += [
-            ("needle_questions", recipe.needle_options),
-            ("arithmetic_questions", recipe.arithmetic_options),
-            ("preference_pairs", recipe.preference_options),
+            ("needle_questions", recipe.needle_options, ("num_tokens",)),
+            ("arithmetic_questions", recipe.arithmetic_options, ("enable_thinking",)),
+            ("preference_pairs", recipe.preference_options, ()),
         ]
         if recipe.harness and find_spec("lm_eval") is None:
             raise Refusal(f"{path}: harness: lm-eval is not installed; pip install 'smol_post[eval]'")
@@ -160,11 +163,19 @@ def check_names(recipe: config.Recipe, path: Path) -> None:
                     f"{path}: harness: include_path: no such folder {one.include_path}; "
                     "give one with task files, counted from the recipe's folder"
                 )
-    for name, given in options:
+    for name, chosen, given in options:
         try:
-            synthetic.check_options(name, given)
+            synthetic.check_options(name, chosen, given=given)
         except ValueError as error:
             raise Refusal(f"{path}: {error}") from None
+
+
+def check_metrics(names: list[str], suite: config.EvalsRecipe, *, where: str, yarn: bool) -> None:
+    """Refusal where a suite without harness measures no metric of one of `names`."""
+    known = suite.metric_names(yarn=yarn)
+    for name in names:
+        if name not in known:
+            raise Refusal(f"{where}: its suite measures no '{name}'{did_you_mean(name, known)}")
 
 
 def missing_parents(job: Job, pipeline: list[Job]) -> list[Job]:
@@ -186,7 +197,7 @@ def resolve_parent(job: Job, path: str) -> Parent:
         if not manifest.is_whole(root):
             raise Refusal(f"{job.run_dir}: parent {path} is not whole; {_how_to_make(job, root.name)}")
         found = manifest.verify(root)
-        _check_gates(job, root, found["digest"])
+        _check_gates(job, path, root, found["digest"])
         if folder.resolve() == root.resolve():
             return Parent(path, root.resolve(), found["digest"], found["stage"])
         return Parent(path, folder.resolve(), _folder_digest(path, folder), found["stage"])
@@ -194,6 +205,7 @@ def resolve_parent(job: Job, path: str) -> Parent:
         folder = Path(path).expanduser()
         if manifest.is_whole(folder):
             found = manifest.verify(folder)
+            _check_gates(job, path, folder.resolve(), found["digest"])
             return Parent(path, folder, found["digest"], found["stage"])
         return Parent(path, folder, _folder_digest(path, folder), None)
     if Path(path).is_dir() or (job.recipe_file.parent / path).is_dir():
@@ -204,14 +216,14 @@ def resolve_parent(job: Job, path: str) -> Parent:
     return Parent(path, folder, f"hub:{path.partition('@')[0]}@{folder.name}", None)
 
 
-def _check_gates(job: Job, root: Path, digest: str) -> None:
+def _check_gates(job: Job, parent: str, root: Path, digest: str) -> None:
     """Refuse a parent that was found to fall short of its gates."""
     path = root.parent / "evals" / f"{manifest.GATES}_{root.name}.json"
     found = manifest.read_json(path) if path.is_file() else {}
     if found.get("digest") == digest and not found["passed"]:
         raise Refusal(
-            f"{job.run_dir}: parent ../{root.name} falls short: {'; '.join(found['short'])}; mend its "
-            f"recipe, or its gates and type smol-post run {job.recipe_file.parent}"
+            f"{job.run_dir}: parent {parent} falls short: {'; '.join(found['short'])}; mend its "
+            "recipe, or its gates and type smol-post run with its recipe folder"
         )
 
 

@@ -150,10 +150,10 @@ def question(
         body = f"{opening}\n\n{''.join(pieces) + straw[start:]}\n\n{asked}"
         if probe.form == "text":
             return f"{body}\n{begun}"
-        chat = tokenizer.apply_chat_template(
+        chat = scoring.render(
+            tokenizer,
             [{"role": "user", "content": body}],
             tokenize=False,
-            add_generation_prompt=True,
             enable_thinking=False,
             date_string=date_string,
         )

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from smol_post.plots import draw_loss, draw_modes, draw_sweep, plot
-from smol_post.points import GROUPS, Point, metric_names, rank_metric, read_points
+from smol_post.points import GROUPS, Point, lower_is_better, metric_names, rank_metric, read_points
 from smol_post.refusal import Refusal
 
 PURPOSE = {
@@ -34,7 +34,6 @@ PURPOSE = {
     "apo": "Moves probability from rejected to chosen answers (APO-zero), in both modes.",
     "merge": "Averages the APO checkpoints, then mixes in a little of the long-context checkpoint.",
 }
-LOWER_IS_BETTER = ("perplexity", "loss", "nll", "bits_per_byte", "brier")
 SAMPLES_PER_MODE = 2
 NEEDLE = re.compile(r"(needle|single|multi_key|multi_value)_([\d.]+x?)((?:_chat|_yarn)*)")  # length: 2
 LIMITS = {"min": "at least", "max": "at most"}
@@ -109,8 +108,8 @@ def _best(points: list[Point], name: str) -> str | None:
     """The best value as printed, so that ties are all marked; None where nothing differs."""
     known = [value for p in points if not p.note and (value := p.metric(name)) is not None]
     values = [value for value in known if math.isfinite(value)]
-    lower = any(word in name for word in LOWER_IS_BETTER)
-    return number((min if lower else max)(values)) if len({number(value) for value in values}) > 1 else None
+    best = min if lower_is_better(name) else max
+    return number(best(values)) if len({number(value) for value in values}) > 1 else None
 
 
 def needle_table(points: list[Point]) -> Table:
@@ -270,7 +269,8 @@ def _number_measured(points: list[Point], name: str) -> int:
 def compare_table(left: Point, right: Point) -> Table:
     """Two runs side by side: where recipes differ (of two stages: in keys of both), training, evals.
 
-    A difference of metrics is given in standard errors, as if the two were measured on other questions.
+    A difference of metrics is given in standard errors, as if the two were measured on other questions; none
+    where a note says that one of them must not be trusted.
     """
     recipes = [_leaves(one.manifest.get("recipe") or {}) for one in (left, right)]
     keys = [one.keys() for one in recipes]
@@ -284,10 +284,12 @@ def compare_table(left: Point, right: Point) -> Table:
         values = [(one.manifest.get("metrics") or {}).get(key) for one in (left, right)]
         if values != [None, None]:
             rows.append([Cell("training"), Cell(key), *map(Cell, map(number, values)), Cell("")])
+    notes = [left.note, right.note]
+    rows += [[Cell("evals"), Cell("note"), *map(Cell, notes), Cell("")]] if any(notes) else []
     for name in metric_names([left, right]):
         a, b = ([one.metric(name, key) for key in ("value", "stderr")] for one in (left, right))
         text = ""
-        if a[0] is not None and b[0] is not None:
+        if a[0] is not None and b[0] is not None and not any(notes):
             change, spread = b[0] - a[0], math.hypot(a[1] or 0, b[1] or 0)
             text = f"{change:+.3f}" + (f" ({abs(change) / spread:.1f} errors)" if spread else "")
         rows.append([Cell("evals"), Cell(name), _measured(*a), _measured(*b), Cell(text)])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smol_post import chat, sources, synthetic
@@ -175,6 +176,19 @@ def generate(
     return [found[index] for index in range(len(prompts))]
 
 
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **how: Any) -> Any:
+    """A chat, as its template writes it, up to where the model speaks; Refusal where the template refuses."""
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **how)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Refusal(
+            f"{tokenizer.name_or_path}: its chat template refuses a chat of {roles} ({reason}); leave such "
+            "chats out: arithmetic_options: {flag_share: 0}, num_turn_questions: 0, num_preference_pairs: 0"
+        ) from None
+
+
 def arithmetic(
     lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -202,13 +216,7 @@ def arithmetic(
         )
     )
     prompts: list[Any] = [
-        tokenizer.apply_chat_template(
-            row["messages"],
-            add_generation_prompt=True,
-            return_dict=False,
-            date_string=date_string,
-            **row["chat_template_kwargs"],
-        )
+        render(tokenizer, row["messages"], date_string=date_string, **row["chat_template_kwargs"])
         for row in rows
     ]
     outputs = generate(lm, tokenizer, prompts, seed=seed, **generation)
@@ -272,12 +280,7 @@ def turns(
         for messages, content in zip(chats, questions, strict=True):
             messages.append({"role": "user", "content": content})
         prompts = [
-            str(
-                tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=False, date_string=date_string
-                )
-            )
-            for messages in chats
+            str(render(tokenizer, messages, tokenize=False, date_string=date_string)) for messages in chats
         ]
         encoded: Any = tokenizer(prompts, add_special_tokens=False)["input_ids"]
         said = generate(lm, tokenizer, encoded, **generation)
@@ -347,7 +350,12 @@ def preferences(
 ) -> Metric:
     """Share of held-out pairs whose chosen answer has the higher log-probability (summed over its tokens)."""
     rows = synthetic.generate("preference_pairs", num_rows=num_pairs, seed=seed, **options)
-    pairs = [chat.encode_pair(row, tokenizer, date_string=date_string) for row in rows]
+    try:
+        pairs = [chat.encode_pair(row, tokenizer, date_string=date_string) for row in rows]
+    except ValueError as error:
+        raise Refusal(
+            f"{tokenizer.name_or_path}: preference pairs: {error}; leave them out: num_preference_pairs: 0"
+        ) from None
     sides = [(pair.prompt_ids, answer) for pair in pairs for answer in (pair.chosen_ids, pair.rejected_ids)]
     scores: list[float] = []
     for start in range(0, len(sides), batch_size):

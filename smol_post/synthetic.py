@@ -14,6 +14,8 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from smol_post.refusal import describe
+
 Row = dict[str, Any]
 Problem = tuple[int, list[tuple[str, int]]]  # a start and its chain: 3, [("+", 4), ("*", 2)]
 
@@ -316,20 +318,49 @@ GENERATORS: dict[str, Callable[..., Row]] = {
 }
 
 
-def check_options(name: str, options: Row) -> None:
-    """ValueError where there is no such generator, or it has no such option."""
+# The least of whole numbers; a needle, its question and what frames them are ten words and marks.
+LEAST = {"num_tokens": 10, "num_keys": 1, "max_overwrites": 0, "num_queries": 1, "num_facts": 1,
+         "min_steps": 1, "max_steps": 1}  # fmt: skip
+
+
+def check_options(name: str, options: Row, *, given: tuple[str, ...] = ()) -> None:
+    """ValueError where there is no such generator, or it has no such option or value.
+
+    `given` are options that the caller sets itself.
+    """
     if name not in GENERATORS:
         raise ValueError(f"unknown generator {name!r}; known: {', '.join(GENERATORS)}")
-    known = list(inspect.signature(GENERATORS[name]).parameters)[1:]
-    for option in options:
-        if option not in known:
-            raise ValueError(f"generator {name!r} has no option {option!r}; known: {', '.join(known)}")
+    _, *parameters = inspect.signature(GENERATORS[name]).parameters.values()
+    defaults = {one.name: one.default for one in parameters if one.name not in given}
+    for option, value in options.items():
+        where = f"generator {name!r}: option {option!r}"
+        if option in given:
+            raise ValueError(f"{where} is not to be chosen here; remove it")
+        if option not in defaults:
+            raise ValueError(f"generator {name!r} has no option {option!r}; known: {', '.join(defaults)}")
+        if wanted := _unlike(defaults[option], value, LEAST.get(option)):
+            raise ValueError(f"{where}: found {describe(value)}, wanted {wanted}")
+    least, most = ((defaults | options).get(key) for key in ("min_steps", "max_steps"))
+    if least is not None and least > most:
+        raise ValueError(f"generator {name!r}: min_steps {least} is more than max_steps {most}")
+
+
+def _unlike(default: Any, value: Any, least: int | None) -> str:
+    """What is wanted of an option where `value` is not of its default's kind or range, else ""."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "true or false"
+    if isinstance(default, float):
+        return "" if number and 0 <= value <= 1 else "a share, from 0 to 1"
+    return (
+        "" if number and isinstance(value, int) and value >= (least or 0) else f"a whole number from {least}"
+    )
 
 
 def generate(name: str, *, num_rows: int, seed: int, **options: Any) -> Iterator[Row]:
     """`num_rows` rows of one generator; the same arguments always give the same rows.
 
-    Raises ValueError: an unknown generator, or an option that it does not have.
+    Raises ValueError: an unknown generator, or an option or value that it does not have.
     """
     check_options(name, options)
     rng = random.Random(f"{name} {seed}")

@@ -52,7 +52,7 @@ def test_the_chain_stops_at_a_run_that_falls_short_and_goes_on_when_it_does_not(
     demand(recipe_folder / "base.yaml", {"needle_3x": {"min": 0}})
     done = command(*first)
     assert done.returncode == 2
-    assert "gates.needle_3x: was not measured on base; did you mean 'needle_" in done.stderr
+    assert "base.yaml: gates: its suite measures no 'needle_3x'; did you mean 'needle_" in done.stderr
 
 
 def test_gates_that_nothing_measures_are_refused(

@@ -247,6 +247,18 @@ MERGE, GATE = "merge.yaml", "gate: {suite: evals.yaml, recover: needle_8x}"
         ),
         (SFT, "stage: sft", "stage: sft\ngates: {think: {}}", "gates.think: give 'min', 'max' or both"),
         (
+            SFT,
+            "stage: sft",
+            "stage: sft\ngates: {think: {min: 0.5, max: 0.4}}",
+            "gates.think: min 0.5 is more than max 0.4",
+        ),
+        (
+            MERGE,
+            "stage: merge",
+            f"stage: merge\nweights: [0, 0.1]\n{GATE}",
+            "gate: its suite measures no 'needle_8x'; did you mean 'needle_",
+        ),
+        (
             MERGE,
             "stage: merge",
             "stage: merge\nweights: [0, 0.1]",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from smol_post import config, manifest, merge
+from smol_post import config, manifest, merge, points
 from smol_post.plan import Job, Parent
 from smol_post.refusal import Refusal
 
@@ -178,3 +178,49 @@ def test_the_candidate_is_chosen_that_recovers_most_and_keeps_enough(
     assert merge.choose(candidates, gate)["weight"] == chosen
     assert [one["keeps"] for one in candidates] == keeps
     assert [one["weight"] for one in candidates if one["chosen"]] == [chosen]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("table", "chosen", "keeps"),
+    [
+        ({0.0: (9.0, 3.0), 0.1: (8.0, 3.009), 0.2: (7.0, 3.02)}, 0.1, [True, True, False]),
+        ({0.0: (9.0, 3.0), 0.1: (NAN, 3.0), 0.2: (8.5, 2.0)}, 0.2, [True, False, True]),
+        ({0.0: (9.0, 3.0), 0.1: (8.0, NAN), 0.2: (8.5, float("inf"))}, 0.0, [True, False, False]),
+    ],
+)
+def test_of_a_perplexity_less_is_recovered_and_more_is_lost_and_nan_is_neither(
+    table: dict[float, tuple[float, float]], chosen: float, keeps: list[bool]
+) -> None:
+    names = ("perplexity_long", "task_nll_base")
+    candidates = [
+        {"weight": weight, "metrics": {n: {"value": v} for n, v in zip(names, values, strict=True)}}
+        for weight, values in table.items()
+    ]
+    gate = config.MergeGate(suite="s.yaml", recover=names[0], keep={names[1]: 1})
+    assert merge.choose(candidates, gate)["weight"] == chosen
+    assert [one["keeps"] for one in candidates] == keeps
+
+
+@pytest.mark.parametrize(("values", "said"), [((NAN, 1.0), "needle .* nan"), ((1.0, NAN), "think .* nan")])
+def test_a_soup_without_a_number_to_hold_others_to_is_refused(values: tuple[float, float], said: str) -> None:
+    metrics = {"needle": {"value": values[0]}, "think": {"value": values[1]}}
+    gate = config.MergeGate(suite="s.yaml", recover="needle", keep={"think": 1})
+    with pytest.raises(Refusal, match=f"gate: {said}, wanted a finite number"):
+        merge.choose([{"weight": 0.0, "metrics": metrics}], gate)
+
+
+@pytest.mark.parametrize(
+    ("name", "lower"),
+    [
+        ("perplexity", True),
+        ("wikitext_bits_per_byte_base", True),
+        ("mmlu_brier_score_base", True),
+        ("openllm_acc_base", False),
+        ("glosses_exact_match_base", False),
+    ],
+)
+def test_whole_words_of_a_name_say_that_lower_is_better(name: str, lower: bool) -> None:
+    assert points.lower_is_better(name) is lower

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from smol_post import config, manifest
+from smol_post import commands, config, manifest, runner
 from smol_post.plan import Job, Plan, make_plan, missing_parents, order, resolve_parent
 from smol_post.refusal import Refusal
 
@@ -143,6 +143,45 @@ def test_a_parent_that_was_touched_since_it_ended_is_refused(recipe_folder: Path
 def test_a_parent_that_is_not_whole_is_refused(recipe_folder: Path) -> None:
     with pytest.raises(Refusal, match=r"parent \.\./mid is not whole"):
         resolve_parent(plan_of(recipe_folder / "sft.yaml").jobs[0], "../mid")
+
+
+def test_a_parent_that_fell_short_is_refused_by_any_name(recipe_folder: Path) -> None:
+    plan = plan_of(recipe_folder / "sft.yaml")
+    make_whole(plan.pipeline[2])
+    run_dir = plan.pipeline[2].run_dir
+    found = {"digest": manifest.read_manifest(run_dir)["digest"], "passed": False, "short": ["a is 0"]}
+    (run_dir.parent / "evals").mkdir()
+    manifest.write_json(run_dir.parent / "evals" / "gates_mid.json", found)
+    for path in ("../mid", str(run_dir), f"{run_dir}/../mid"):
+        with pytest.raises(Refusal, match="falls short: a is 0"):
+            resolve_parent(plan.jobs[0], path)
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "known"),
+    [
+        ("base", "needle_2x", True),
+        ("base", "needl_2x", False),
+        ("base", "needle_3x_yarn", False),
+        ("merge", "needle_3x_yarn", True),
+    ],
+)
+def test_a_gate_that_no_suite_measures_is_refused_before_the_first_run(
+    recipe_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    metric: str,
+    known: bool,
+) -> None:
+    started: list[Job] = []
+    monkeypatch.setattr(runner, "execute_all", lambda jobs, **_: started.extend(jobs) or 1)
+    path = recipe_folder / f"{name}.yaml"
+    path.write_text(path.read_text() + f"\ngates: {{{metric}: {{min: 0}}}}\n")
+    code = commands.run([str(recipe_folder), "--run-dir", str(recipe_folder.parent / "runs")])
+    assert (code, len(started)) == ((1, len(CHAIN)) if known else (2, 0))
+    said = f"refused: {path}: gates: its suite measures no '{metric}'; did you mean 'needle_"
+    assert capsys.readouterr().err.startswith(said) is not known
 
 
 def test_any_checkpoint_folder_can_be_a_parent(recipe_folder: Path, tmp_path: Path) -> None:

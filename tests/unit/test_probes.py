@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from smol_post import commands, config, evals, loading, probes, scoring
+from smol_post import commands, config, evals, loading, manifest, plan, probes, scoring
 
 Build = Callable[..., Any]
 KINDS = ("single", "multi_key", "multi_value")
@@ -334,7 +335,29 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "found 1 windows of 99 tokens, wanted two at least",
     ),
     "prompts": ({"turn_prompts": "x.jsonl"}, "num_turn_questions is 0"),
-    "nothing": ({}, "nothing of it can be asked"),
+    "nothing": ({}, "it asks nothing: every number of questions is 0"),
+    "nothing of chats": ({"num_turn_questions": 2}, "nothing of it can be asked"),
+    **{
+        f"needles of {length}": (
+            {"needle_tokens": [length], "num_needle_questions": 2},
+            f"needle_tokens.0: found {length}",
+        )
+        for length in (0, 5, -5, 9)
+    },
+    "yarn needles": ({"yarn_needle_tokens": [5], "yarn_context": 512}, "yarn_needle_tokens.0: found 5"),
+    **{
+        str(options): ({key: options}, message)
+        for key, options, message in (
+            ("needle_options", {"num_keys": 0}, "'num_keys': found 0 (int), wanted a whole number"),
+            ("needle_options", {"max_overwrites": "many"}, "\"many\" (str), wanted a whole number from 0"),
+            ("needle_options", {"num_tokens": 62}, "option 'num_tokens' is not to be chosen here"),
+            ("arithmetic_options", {"enable_thinking": True}, "'enable_thinking' is not to be chosen here"),
+            ("arithmetic_options", {"min_steps": 6, "max_steps": 3}, "min_steps 6 is more than max_steps 3"),
+            ("arithmetic_options", {"max_steps": 2}, "min_steps 3 is more than max_steps 2"),
+            ("arithmetic_options", {"flag_share": 2}, "found 2 (int), wanted a share, from 0 to 1"),
+            ("preference_options", {"min_steps": True}, "found true (bool), wanted a whole number from 1"),
+        )
+    },
     "stage": ({"stage": "evil"}, "stage: found \"evil\""),
 }  # fmt: skip
 
@@ -359,10 +382,68 @@ def test_a_suite_that_cannot_be_asked_is_refused_in_one_line(
     checkpoint: Path, suite: Callable[..., str], capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     changes, message = BAD[case]
+    if case == "nothing of chats":
+        (checkpoint / "chat_template.jinja").unlink()
     assert commands.evaluate([str(checkpoint), "--suite", suite(**changes)]) == 2
     out, error = capsys.readouterr()
     assert (out, error.count("\n")) == ("", 1)
     assert message in error
+
+
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n{# enable_thinking #}"
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            "num_arithmetic_questions",
+            "its chat template refuses a chat of system, user (System role not supp",
+        ),
+        (
+            "num_turn_questions",
+            "its chat template refuses a chat of system, user (System role not supported)",
+        ),
+        ("num_preference_pairs", "preference pairs: the chat template refuses the row: System role not supp"),
+    ],
+)
+def test_a_template_that_refuses_a_system_message_is_told_in_one_line(
+    checkpoint: Path, suite: Callable[..., str], capsys: pytest.CaptureFixture[str], asked: str, said: str
+) -> None:
+    (checkpoint / "chat_template.jinja").write_text(NO_SYSTEM)
+    assert commands.evaluate([str(checkpoint), "--suite", suite(**{asked: 20})]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"refused: {checkpoint}: {said}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_names_of_a_suite_are_those_of_what_it_measures(
+    checkpoint: Path, suite: Callable[..., str]
+) -> None:
+    path = suite(
+        needle_tokens=[20, 50],
+        num_needle_questions=1,
+        yarn_context=1024,
+        yarn_needle_tokens=[50, 90],
+        num_arithmetic_questions=1,
+        num_preference_pairs=1,
+        num_turn_questions=1,
+        probes=[
+            {"kind": "single", "lengths": [240], "num_questions": 1},
+            {"kind": "single", "lengths": [400], "num_questions": 1, "as": "chat", "yarn": True},
+        ],
+        perplexity=[{"name": "hay", "path": "hay.txt", "max_tokens": 64}],
+    )
+    recipe = commands.load_suite(Path(path))
+    found, _ = evals.evaluate(checkpoint, recipe)
+    assert sorted(found) == sorted(recipe.metric_names())
+    found, _ = evals.evaluate(checkpoint, recipe.model_copy(update=evals.WITHOUT_YARN))
+    assert sorted(found) == sorted(recipe.metric_names(yarn=False))
 
 
 @pytest.mark.parametrize("model", ["none", "./no/such", "runs/tiny/none"])
@@ -429,3 +510,107 @@ def test_a_suite_counts_what_its_files_hold_not_where_they_are(tmp_path: Path) -
     assert one.files() == [str(tmp_path / "a" / "hay.txt")] != other.files()
     assert one.model_dump() == other.model_dump()
     assert "hay.txt" not in str(one.model_dump())
+    assert evals._what(one) == evals._what(other)
+    assert "hay.txt" not in str(evals._what(one))
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """How many of one checkpoint's results a suite measures anew."""
+    monkeypatch.setattr(manifest, "read_manifest", lambda _: {"digest": "sha256:same"})
+    monkeypatch.setattr(manifest, "is_whole", lambda _: True)
+    monkeypatch.setattr(evals, "evaluate", lambda *_: ({}, []))
+    job = plan.Job("one", config.MergeRecipe(stage="merge"), tmp_path / "m.yaml", tmp_path / "one", [])
+
+    def number(recipe: config.EvalsRecipe) -> int:
+        counted: list[Any] = []
+        real = evals.measure
+        monkeypatch.setattr(evals, "measure", lambda *task: counted.append(task) or real(*task))
+        evals.evaluate_all(recipe, [job])
+        monkeypatch.setattr(evals, "measure", real)
+        return len(counted)
+
+    return number
+
+
+def test_a_result_is_measured_again_where_a_file_moves_to_another_question(
+    suite: Callable[..., str], measured: Callable[..., int], tmp_path: Path
+) -> None:
+    """The same files in other places: another haystack, or the haystack of another kind."""
+    (tmp_path / "other.txt").write_text(STORY[::-1])
+
+    def asking(*haystacks: str | None) -> config.EvalsRecipe:
+        kinds = zip(("single", "multi_key"), haystacks, strict=True)
+        probes = [{"kind": kind, "lengths": [240], "haystack": hay} for kind, hay in kinds]
+        return commands.load_suite(Path(suite(probes=probes)))
+
+    for haystacks in (
+        ("hay.txt", "other.txt"), ("other.txt", "hay.txt"), ("hay.txt", None), (None, "hay.txt")
+    ):  # fmt: skip
+        assert measured(asking(*haystacks)) == 1
+        assert measured(asking(*haystacks)) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"num_threads": 2}, True),
+        ({"batch_size": 1}, True),
+        ({"num_yarn_questions": 1}, True),
+        ({"yarn_context": 512, "yarn_needle_tokens": [64]}, True),
+        ({"probes": [{"kind": "single", "lengths": [99], "yarn": True}], "yarn_context": 512}, True),
+        ({"probes": [{"kind": "single", "lengths": [99]}]}, False),
+        ({"seed": 3}, False),
+        ({"max_new_tokens": 5}, False),
+        ({"needle_options": {"max_overwrites": 1}}, False),
+    ],
+)
+def test_evals_say_what_was_asked_whatever_code_and_yarn(
+    suite: Callable[..., str],
+    measured: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    same: bool,
+) -> None:
+    found = []
+    for recipe in ({}, changes):
+        assert measured(commands.load_suite(Path(suite(**recipe)))) == 1
+        found.append(json.loads((tmp_path / "evals" / "one.json").read_text())["asked_digest"])
+        monkeypatch.setattr(evals, "CODE", evals.CODE[1:])
+    assert (found[0] == found[1]) is same
+
+
+@pytest.mark.parametrize("text", ['{"run": "on', "[1]", "\xff"])
+def test_a_result_that_is_not_readable_is_measured_again(
+    suite: Callable[..., str], measured: Callable[..., int], tmp_path: Path, text: str
+) -> None:
+    recipe = commands.load_suite(Path(suite()))
+    assert measured(recipe) == 1
+    (tmp_path / "evals" / "one.json").write_text(text, encoding="latin-1")
+    assert measured(recipe) == 1
+    assert measured(recipe) == 0
+
+
+@pytest.mark.parametrize("library", ["torch", "transformers"])
+def test_a_result_is_measured_again_with_another_version_of_a_library(
+    suite: Callable[..., str], measured: Callable[..., int], monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    recipe, real = commands.load_suite(Path(suite())), metadata.version
+    assert (measured(recipe), measured(recipe)) == (1, 0)
+    monkeypatch.setattr(metadata, "version", lambda name: "9" if name == library else real(name))
+    assert (measured(recipe), measured(recipe)) == (1, 0)
+
+
+def test_all_code_that_decides_a_result_is_part_of_its_key() -> None:
+    """Every module of ours that a measurement imports, but for recipes, refusals and bookkeeping."""
+    folder, found = Path(evals.__file__).parent, set[str]()
+    todo = {"scoring", "probes", "harness", "model", "vocabulary"}
+    while todo:
+        found.add(name := todo.pop())
+        text = (folder / f"{name}.py").read_text()
+        todo |= set(re.findall(r"^from smol_post\.(\w+) import", text, re.MULTILINE))
+        for names in re.findall(r"^from smol_post import (.+)", text, re.MULTILINE):
+            todo |= set(names.split(", "))
+        todo -= {*found, "config", "refusal", "hub", "manifest"}
+    assert {f"{name}.py" for name in found} <= set(evals.CODE)

@@ -12,6 +12,7 @@ import pytest
 
 from smol_post import commands as cli
 from smol_post.config import Refusal
+from smol_post.manifest import content_digest, content_files
 from smol_post.plots import draw_loss
 from smol_post.points import Point
 from smol_post.report import commands, duration, number, read_points, write_report
@@ -67,12 +68,18 @@ def write_evals(root: Path, name: str, **changes: Any) -> None:
     write_json(root / "evals" / f"{name}.json", evals | changes)
 
 
+def soup_digest(root: Path) -> str:
+    return content_digest(content_files(root / "merge" / "soup"))
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     for run in RUNS:
         write_run(tmp_path, run)
     for name in METRICS:
         write_evals(tmp_path, name)
+    write_json(tmp_path / "merge" / "soup" / "config.json", {})
+    write_evals(tmp_path, "merge_soup", checkpoint_digest=soup_digest(tmp_path))
     return tmp_path
 
 
@@ -200,6 +207,57 @@ def test_evals_of_an_earlier_checkpoint_are_marked_and_never_the_best(root: Path
     assert "evals of another checkpoint" in page.text
 
 
+@pytest.mark.parametrize("fate", ["replaced", "gone"])
+def test_evals_of_an_earlier_soup_are_marked(root: Path, fate: str) -> None:
+    assert "evals of another checkpoint" not in page_of(root).text
+    path = root / "merge" / "soup" / "config.json"
+    path.write_text('{"another": 1}')
+    if fate == "gone":
+        path.unlink()
+        path.parent.rmdir()
+    notes = {point.name: point.note for point in read_points(root, RUNS)}
+    assert notes == dict.fromkeys(METRICS, "") | {"merge_soup": "evals of another checkpoint"}
+
+
+def test_a_row_that_was_asked_other_questions_is_marked_and_never_the_best(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, asked in {"base": "b", "sft": "a", "apo_seed0": "a"}.items():
+        write_evals(root, name, asked_digest=asked)
+    notes = {point.name: point.note for point in read_points(root, RUNS)}
+    assert notes == dict.fromkeys(METRICS, "") | {"base": "asked other questions"}  # the merge does not say
+    page = page_of(root)
+    assert [page.metric(name, "needle_8x")[1] for name in METRICS] == [False, False, False, False, True]
+    assert cli.compare([str(root / "base"), str(root / "sft")]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["evals", "note", *["asked", "other", "questions"] * 2] in shown
+    assert cli.compare([str(root / "sft"), str(root / "merge")]) == 0
+    assert " note " not in capsys.readouterr().out
+
+
+def test_stale_rows_do_not_decide_what_most_were_asked(root: Path) -> None:
+    for name in ("base", "sft"):
+        write_evals(root, name, asked_digest="old", checkpoint_digest=digest("an earlier one"))
+    write_evals(root, "apo_seed0", asked_digest="new")
+    notes = [point.note for point in read_points(root, RUNS)]
+    assert notes == ["evals of another checkpoint"] * 2 + [""] * 3
+
+
+def test_a_file_of_evals_that_no_run_of_the_chain_wrote_is_no_checkpoint(root: Path) -> None:
+    for name in ("sft_old", "sft_soup", "merge_old", "gates_sft"):
+        write_json(root / "evals" / f"{name}.json", {"metrics": {"needle_8x": {"value": 1.0, "stderr": 0.0}}})
+    assert [point.name for point in read_points(root, RUNS)] == list(METRICS)
+
+
+def test_a_soup_stands_before_its_own_merge_only(root: Path) -> None:
+    (root / "merge").rename(root / "merge_x")
+    for name in ("merge", "merge_soup"):
+        (root / "evals" / f"{name}.json").rename(root / "evals" / f"{name.replace('merge', 'merge_x')}.json")
+    write_run(root, "merge")
+    names = [point.name for point in read_points(root, ["merge", "merge_x"])]
+    assert names == ["merge", "merge_x_soup", "merge_x"]
+
+
 def test_a_run_built_from_a_parent_that_was_replaced_says_so(root: Path) -> None:
     assert "built from another" not in page_of(root).text
     write_run(root, "base", digest=digest("a new base"))
@@ -239,6 +297,29 @@ def test_a_broken_file_is_refused_by_name_and_line(root: Path) -> None:
     (root / "sft" / "train_log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     with pytest.raises(Refusal, match=r"train_log\.jsonl, line 2: not JSON"):
         write_report(root, runs=RUNS)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("evals/sft.json", b'{"metrics": [1]}', r"metrics: found \[1\] \(list\), wanted an object"),
+        ("evals/sft.json", b'{"metrics": {"a": 1}}', r"metrics\.a: found 1 \(int\), wanted a value"),
+        ("evals/sft.json", b'{"metrics": {"a": {"value": "x"}}}', r"metrics\.a: found .*wanted a value"),
+        ("evals/sft.json", b'{"samples": ["x"]}', "samples: found .*wanted a list of objects"),
+        ("evals/sft.json", b"\xff", "not readable as JSON; remove the file and measure again"),
+        ("evals/merge_soup.json", b"[1]", "found list, wanted an object; .*measure again"),
+        ("evals/gates_sft.json", b"\xff", "not readable as JSON; remove the file"),
+        ("sft/train_log.jsonl", b'{"loss": 1.0}', "line 1: found .*wanted a loss and its step"),
+        ("sft/train_log.jsonl", b'{"loss": "x", "step": 1}', "line 1: found .*wanted a loss and its step"),
+        ("sft/train_log.jsonl", b'{"step": 1}\n[1]', "line 2: found .*wanted a JSON object"),
+        ("sft/train_log.jsonl", b"\n\xff", "line 2: not JSON"),
+    ],
+)
+def test_a_file_of_another_shape_is_refused_by_name(root: Path, file: str, content: bytes, said: str) -> None:
+    (root / file).write_bytes(content)
+    with pytest.raises(Refusal, match=f"{file}.*{said}") as refusal:
+        write_report(root, runs=RUNS)
+    assert "\n" not in str(refusal.value)
 
 
 def test_what_a_model_writes_cannot_run_in_the_reader(root: Path) -> None:
@@ -500,6 +581,30 @@ def test_two_runs_side_by_side(root: Path, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err == (
         f"refused: {root / 'nowhere'}: no whole run; give a run directory such as runs/tiny/sft\n"
     )
+
+
+def test_stale_evals_are_marked_side_by_side_and_have_no_difference(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = [str(root / "sft"), str(root / "apo_seed0")]
+    assert cli.compare(both) == 0
+    assert " note " not in capsys.readouterr().out
+    write_evals(root, "apo_seed0", checkpoint_digest=digest("an earlier one"))
+    assert cli.compare(both) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["evals", "note", "evals", "of", "another", "checkpoint"] in shown
+    lines = [line for line in shown if line[1] == "needle_8x"]
+    assert lines == [["evals", "needle_8x", *["0.250", "\u00b1", "0.005"] * 2]]
+
+
+def test_a_run_is_compared_from_inside_its_folder(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root / "sft")
+    assert cli.compare([".", "../apo_seed0"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == [".", "../apo_seed0", "difference"]
+    assert ["evals", "needle_8x", *["0.250", "\u00b1", "0.005"] * 2, "+0.000", "(0.0", "errors)"] in lines
 
 
 def test_importing_the_report_loads_neither_torch_nor_matplotlib() -> None:

@@ -64,6 +64,13 @@ print([list(synthetic.generate(name, num_rows=20, seed=3)) for name in synthetic
     assert len(outputs) == 1
 
 
+def test_the_shortest_documents_are_no_longer_than_asked():
+    least = synthetic.LEAST["num_tokens"]
+    for num_tokens in range(least, least + 12):
+        for row in rows("needle_questions", num_tokens=num_tokens):
+            assert len(re.findall(r"\w+|[^\w\s]", row["prompt"] + row["answer"])) <= num_tokens
+
+
 def test_an_unknown_generator_or_option_is_refused_by_name():
     with pytest.raises(ValueError, match="unknown generator 'needle'; known: needles"):
         synthetic.generate("needle", num_rows=1, seed=0)
