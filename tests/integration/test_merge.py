@@ -143,5 +143,5 @@ def test_a_sweep_over_a_metric_that_its_suite_lacks_is_refused(
     given = ["gate.recover=needle_8x", "weights=[0.3, 0.5]"]
     done = command("smol-post", "merge", planted / "merge.yaml", "--run-dir", tmp_path, *given)
     assert done.returncode == 2
-    assert "gate: suite.yaml measures no 'needle_8x'; did you mean 'needle_1x'?" in done.stderr
+    assert "gate: its suite measures no 'needle_8x'; did you mean 'needle_1x'?" in done.stderr
     assert not (tmp_path / "merge" / "manifest.json").exists()
