@@ -357,9 +357,8 @@ class Harness(Strict):
         return self
 
 
-NeedleTokens = Annotated[
-    int, Field(ge=10)
-]  # the shortest document with a needle, its question and the answer
+# The shortest document with a needle, its question and the answer.
+NeedleTokens = Annotated[int, Field(ge=10)]
 
 
 class EvalsRecipe(Strict):
