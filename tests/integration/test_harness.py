@@ -351,7 +351,7 @@ def test_a_missing_extra_is_one_line(tmp_path: Path, tasks: Path, lacking: str) 
 import sys
 sys.modules[{lacking!r}] = None
 from pathlib import Path
-from smol_post import config, plan, refusal
+from smol_post import loading, plan, refusal
 path = Path({str(path)!r})
 try:
     recipe = loading.load_recipe(path)
