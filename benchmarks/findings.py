@@ -143,9 +143,9 @@ def error(values: Sequence[float]) -> float:
     return stdev(values) / math.sqrt(len(values))
 
 
-def said(values: Sequence[float], digits: int = 3) -> str:
+def said(values: Sequence[float]) -> str:
     """Mean and standard error: `0.951 ± 0.004`; a dash where nothing was measured."""
-    return f"{fmean(values):.{digits}f} ± {error(values):.{digits}f}" if values else "-"
+    return f"{fmean(values):.3f} ± {error(values):.3f}" if values else "-"
 
 
 def verdict(differences: Sequence[float]) -> str:

@@ -98,8 +98,7 @@ def measure(name: str, checkpoint: Path, place: Path, *, seed: int) -> dict[str,
     asked_seed = f"seed={loading.read_yaml(SUITE)['seed'] + QUESTIONS_OF_A_SEED * seed}"
     files = [*sorted(checkpoint.glob("*.safetensors")), checkpoint / "config.json", SUITE]
     files += [Path(evals.__file__).parent / file for file in evals.CODE]
-    held = [asked_seed, asked, *map(manifest.digest_file, files)]
-    held = manifest.digest_tree(json.loads(json.dumps(held)))
+    held = manifest.digest_tree([asked_seed, asked, *map(manifest.digest_file, files)])
     path = place / f"{name}.json"
     if path.is_file() and (kept := manifest.read_json(path))["of"] == held:
         return kept
