@@ -9,6 +9,7 @@ each begins:
 On a CPU each document is one causal scaled-dot-product call; on CUDA the whole pack is one call of
 `torch.nn.attention.varlen.varlen_attn` (half precision; not exercised by the tests, which have no GPU).
 Batches that carry no packing information (generation) take transformers' ordinary SDPA path.
+Where a row is split over processes (`sequence`), each attends with some heads over the whole row.
 Registered as "varlen".
 
 Shape suffixes: B batch (1 for packs), H query heads, K key-value heads, L tokens, D head dimension.
@@ -22,6 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from smol_post import sequence
 
 NAME = "varlen"
 
@@ -49,13 +52,21 @@ def varlen_attention_forward(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     position_ids: torch.Tensor | None = None,
+    split: sequence.Split | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each document of a pack; output of shape (B, L, H, D).
 
+    `cu_seq_lens_q` and `max_length_q` are of the whole row, also where this process has a part (`split`).
     Raises ValueError where packing information meets a batch above 1 or a mask: either would let documents
     see each other.
     """
+    if split is not None:
+        query, key, value = (sequence.to_heads(one, split) for one in (query_BHLD, key_BKLD, value_BKLD))
+        output, _ = varlen_attention_forward(
+            module, query, key, value, attention_mask, scaling, dropout, cu_seq_lens_q, max_length_q
+        )
+        return sequence.to_tokens(output, split), None
     length = query_BHLD.shape[2]
     if cu_seq_lens_q is None:
         lengths = []

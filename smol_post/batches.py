@@ -16,6 +16,7 @@ import torch
 
 from smol_post.data import IGNORED
 from smol_post.packing import best_fit_decreasing
+from smol_post.sequence import Parts, Split
 
 Batch = dict[str, Any]
 
@@ -55,6 +56,21 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
         "max_length_k": max(batch["seq_lengths"]),
         "use_cache": False,
     }
+
+
+def part_inputs(batch: Batch, parts: Parts) -> dict[str, Any]:
+    """`model_inputs` with `scored_labels`, of this process's part of the row; borders are those of the whole.
+
+    Labels reach one token further than ids: the last token of a part predicts the first of the next.
+        ids 5 6 7 | 8 9   position_ids 0 1 2 | 0 1   scored_labels 5 6 7 8 | 8 9
+    """
+    inputs = {**model_inputs(batch), "scored_labels": batch["labels"]}
+    if parts.size > 1:
+        num_tokens = batch["input_ids"].shape[1]
+        start, stop = parts.bounds(num_tokens)[parts.index : parts.index + 2]
+        inputs |= {key: inputs[key][:, start:stop] for key in ("input_ids", "position_ids")}
+        inputs |= {"scored_labels": batch["labels"][:, start : stop + 1], "split": Split(parts, num_tokens)}
+    return inputs
 
 
 def _edges(batch: Batch) -> np.ndarray:

@@ -148,7 +148,10 @@ class Training(Made):
 
 
 class Packed(Training):
-    """Training on packs; `overlong_rows` says what happens to rows longer than a pack."""
+    """Training on packs; `overlong_rows` says what happens to rows longer than a pack.
+
+    micro_batch_size: packs that a process holds at once, at most; it changes memory and speed, not the step.
+    """
 
     micro_batch_size: int = Field(default=1, gt=0)
     overlong_rows: Literal["drop", "truncate", "split"] = "drop"

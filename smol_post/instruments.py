@@ -23,8 +23,8 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, gather_object
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback, WandbCallback
@@ -103,6 +103,7 @@ class Instruments(TrainerCallback):
         if state.global_step:
             self.totals = manifest.read_json(_checkpoint(args, state) / TOTALS)
             self.losses.extend(self.totals.pop("losses"))
+            self.totals.pop("launch")
         self.lap = self.due = self.totals["seconds"]
         self.begun = time.monotonic() - self.lap
         if state.is_world_process_zero:
@@ -182,7 +183,9 @@ class Instruments(TrainerCallback):
             assert self.stream is not None
             self.stream.flush()
             os.fsync(self.stream.fileno())  # a checkpoint must not outlive the lines of its steps
-            manifest.write_json(folder / TOTALS, {**self.totals, "losses": list(self.losses)})
+            launched = launch_of(self.trainer.accelerator)
+            totals = {**self.totals, "losses": list(self.losses), "launch": launched}
+            manifest.write_json(folder / TOTALS, totals)
             manifest.seal(folder)
         self.lap = time.monotonic() - self.begun
 
@@ -268,6 +271,13 @@ class Instruments(TrainerCallback):
             f"step {step}: {why}; the rows of its batch are in {path}; mend them or lower "
             f"trainer.learning_rate, remove {self.run_dir} and type the command again"
         )
+
+
+def launch_of(accelerator: Accelerator) -> dict[str, Any]:
+    """Under which engine a checkpoint is written, by how many processes: whole replicas are one engine."""
+    kind = accelerator.distributed_type
+    engine = kind.value if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) else "whole replicas"
+    return {"engine": engine, "num_processes": accelerator.num_processes}
 
 
 def explosion(losses: Sequence[float]) -> int | None:

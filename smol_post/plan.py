@@ -3,8 +3,6 @@
 recipes/tiny/apo.yaml  ->  [Job apo_seed0, Job apo_seed1]   each with parents ["../sft"]
 """
 
-import os
-import sys
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from smol_post import chat, config, hub, loading, manifest, synthetic
+from smol_post.launch import num_parts, num_processes, say
 from smol_post.refusal import Refusal, did_you_mean
 
 CACHE = "cache"  # of prepared data, beside the runs that use it
@@ -49,6 +48,7 @@ class Job:
             "run_dir": self.scratch or self.run_dir,
             "cache_dir": self.run_dir.parent / CACHE,
             "num_processes": num_processes(),
+            "num_parts": num_parts(),
             "only_verify": self.scratch is not None,
             "announce": self.announce,
         }
@@ -61,22 +61,6 @@ class Plan:
     jobs: list[Job]
     pipeline: list[Job]
     build_parents: bool
-
-
-def rank() -> int:
-    """This process's number among the launched ones; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def num_processes() -> int:
-    """How many processes the launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def say(text: str, *, error: bool = False) -> None:
-    """One line for a person, from the first process only."""
-    if rank() == 0:
-        print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def default_run_root(folder: Path) -> Path:
@@ -189,14 +173,18 @@ def missing_parents(job: Job, pipeline: list[Job]) -> list[Job]:
     return found
 
 
-def resolve_parent(job: Job, path: str) -> Parent:
-    """Find, verify and digest one parent: a run of this pipeline, a folder, or a Hub id with `@revision`."""
+def resolve_parent(job: Job, path: str, *, rehash: bool = True) -> Parent:
+    """Find, verify and digest one parent: a run of this pipeline, a folder, or a Hub id with `@revision`.
+
+    `rehash`: hash every file of a run again; else its manifest is believed.
+    """
+    known = manifest.verify if rehash else manifest.read_manifest
     if path.startswith("../"):
         folder = job.run_dir.parent / path[3:]
         root = job.run_dir.parent / path[3:].split("/")[0]
         if not manifest.is_whole(root):
             raise Refusal(f"{job.run_dir}: parent {path} is not whole; {_how_to_make(job, root.name)}")
-        found = manifest.verify(root)
+        found = known(root)
         _check_gates(job, path, root, found["digest"])
         if folder.resolve() == root.resolve():
             return Parent(path, root.resolve(), found["digest"], found["stage"])
@@ -204,7 +192,7 @@ def resolve_parent(job: Job, path: str) -> Parent:
     if path.startswith(("/", "~")):
         folder = Path(path).expanduser()
         if manifest.is_whole(folder):
-            found = manifest.verify(folder)
+            found = known(folder)
             _check_gates(job, path, folder.resolve(), found["digest"])
             return Parent(path, folder, found["digest"], found["stage"])
         return Parent(path, folder, _folder_digest(path, folder), None)
@@ -235,10 +223,21 @@ def _folder_digest(path: str, folder: Path) -> str:
     return manifest.content_digest(manifest.content_files(folder))
 
 
-def await_parents(job: Job) -> None:
-    """Wait, on the other ranks, until rank 0 has written the parents' manifests (or the launcher ends us)."""
+def await_parents(job: Job, *, seconds: float = 60) -> None:
+    """Wait, on the other ranks, until the parents that rank 0 may still be writing are whole.
+
+    Refusal where one is not seen in time, as on a machine that does not share rank 0's file system; where it
+    is not there at all rank 0 refuses, and the launcher ends us.
+    """
+    end = time.monotonic() + seconds
     for path in job.parent_paths:
-        while path.startswith("../") and not manifest.is_whole(job.run_dir.parent / path[3:].split("/")[0]):
+        root = job.run_dir.parent / path[3:].split("/")[0]
+        while path.startswith("../") and not manifest.is_whole(root):
+            if time.monotonic() > end:
+                raise Refusal(
+                    f"{root}: is not whole as seen from here; choose a --run-dir on a file system that "
+                    "all machines of the launch share"
+                )
             time.sleep(0.5)
 
 

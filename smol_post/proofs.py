@@ -34,7 +34,7 @@ from smol_post.trainers import PackTrainer, PairTrainer, answer_log_probs
 # choice; no GPU was measured. On CPUs we found 4e-7 and 2e-3 for gradients (of their norm), 1e-7 for losses
 # (of themselves) and log-probabilities (nats a token); with every sum split in four, as other kernels may, 36
 # layers gave 3e-6 and 2e-2 for gradients, 2e-5 and 9e-2 nats for a token.
-_LOSS, _LOG_PROBABILITY, _GRADIENT = (1e-4, 1e-2), (1e-3, 0.3), (1e-3, 0.1)
+LOSS, _LOG_PROBABILITY, _GRADIENT = (1e-4, 1e-2), (1e-3, 0.3), (1e-3, 0.1)
 _FEW_TOKENS = 8  # a mean over fewer is taken as if they were so many: one token may be off by chance
 AT_STEP_0 = {"apo_zero": 1.0, "apo_down": 1.0, "sigmoid": math.log(2), "hinge": 1.0}  # and ipo, by its beta
 _WINDOW_TOKENS = 256  # of a document that is scored by hand
@@ -128,7 +128,7 @@ def trained_tokens_are_those_that_preparation_promised(look: Rehearsal) -> Found
     quick: the first two global batches in the order of training; full: every row, and the ledger's sums.
     """
     size = len(look.prepared.dataset)
-    mine = range(look.accelerator.process_index, len(look.prepared.index), look.accelerator.num_processes)
+    mine = range(look.share, len(look.prepared.index), look.num_shares)
     trained, promised, wrong = Counter[str](), Counter[str](), list[str]()
     for rows in [[row] for row in mine if row < size] if look.full else look.first_batches(2):
         batch, stop = look.collate([look.read(row) for row in rows]), 0
@@ -149,7 +149,8 @@ def trained_tokens_are_those_that_preparation_promised(look: Rehearsal) -> Found
     if look.full:
         for piece in (one for row in mine if row >= size for one in look.pieces(row)):  # left over
             promised[piece.mode] += piece.num_trained
-        found["in all packs"] = dict(sum(map(Counter, gather_object([promised])), Counter()))
+        shares = gather_object([promised])[:: look.parts.size]
+        found["in all packs"] = dict(sum(map(Counter, shares), Counter()))
         ledger = {mode: one["num_trained_tokens"] for mode, one in look.prepared.ledger["by_mode"].items()}
         wanted["in all packs"] = dict(+Counter(ledger))
     return Found(found, wanted, found == wanted)
@@ -174,10 +175,10 @@ def documents_do_not_see_each_other(look: Rehearsal) -> Found:
         different = ids_1T[ids_1T != ids_1T[0, start]]
         ids_1T[0, start] = different.min() if len(different) else 0  # the largest are new, and may be alike
         before, again, after = map(look.hidden_states, (batch, batch, {**batch, "input_ids": ids_1T}))
-        moved_T = (after - before).abs().amax(-1)
+        moved_T, noise_T = (look.parts.join((one - before).abs().amax(-1)) for one in (after, again))
         if len(lengths) > 1 and stop - start > 1:
             number += len(lengths)
-            noise = max(noise, float((again - before).abs().max()))
+            noise = max(noise, float(noise_T.max()))
             own = min(own, float(moved_T[start + 1 : stop].max()))
             others = max(others, float(torch.cat([moved_T[:start], moved_T[stop:]]).max()))
     if not number:
@@ -202,7 +203,7 @@ def the_loss_is_that_of_each_document_alone(look: Rehearsal) -> Found:
             found = (-answer_log_probs(look.model, look.collate([_packed(cut)]))).flatten().tolist()
         else:
             found = [look.loss(look.collate([_packed(cut, only=at)])) for at in range(len(cut))]
-            found = [one / look.accelerator.num_processes for one in found]
+            found = [one / look.num_shares for one in found]
         for (ids, labels), score in zip(cut, found, strict=True):
             ids_1T = torch.from_numpy(ids)[None].to(look.accelerator.device)
             log_probs_TV = look.model(input_ids=ids_1T, use_cache=False).logits[0].float().log_softmax(-1)
@@ -252,7 +253,7 @@ def accumulation_does_not_change_the_step(look: Rehearsal) -> Found:
         raise NotRun("ZeRO keeps gradients to itself, and a loss of pairs is a plain sum")
     rows = [row for batch in look.first_batches(1) for row in batch]
     if not look.full:
-        first, number = 2 * look.accelerator.process_index, min(2, len(rows))
+        first, number = 2 * look.share, min(2, len(rows))
         rows = [look.rows[at % len(look.rows)] for at in range(first, first + number)]
     read = [look.read(row) for row in rows]
     if not look.pairs and len(read) > 1:
@@ -266,10 +267,10 @@ def accumulation_does_not_change_the_step(look: Rehearsal) -> Found:
         fine = whole  # their trainer cuts, by its budget of tokens
     else:
         counts = gather_object([[int((one["labels"][:, 1:] != IGNORED).sum()) for one in singles]])
-        each = [sum(of_processes) for of_processes in zip(*counts, strict=True)]
+        each = [sum(of_shares) for of_shares in zip(*counts[:: look.parts.size], strict=True)]
         if not all(each):
             raise NotRun("a pack looked at has nothing to train")
-        total = sum(each) / look.accelerator.num_processes
+        total = sum(each) / look.num_shares
         if look.size == 1:
             coarse = [(one / sum(each), [batch]) for one, batch in zip(each, singles, strict=True)]
     losses = [0.0]
@@ -284,10 +285,9 @@ def accumulation_does_not_change_the_step(look: Rehearsal) -> Found:
         look.trainer.micro_batch_tokens = max(gather_object([longest]))
     losses.append(look.step(fine))
     apart = None if look.zero else look.gradient_norm() / norm if norm else math.inf
-    with torch.no_grad():
-        by_hand = sum(float(look.trainer.sums(look.model, one)[0]) for one in singles) / total
+    by_hand = sum(map(look.summed, singles)) / total
     wanted, allowed = losses[0] if look.trl_loss else by_hand, _GRADIENT[look.rounded]
-    holds = all(math.isclose(one, wanted, rel_tol=_LOSS[look.rounded]) for one in losses)
+    holds = all(math.isclose(one, wanted, rel_tol=LOSS[look.rounded]) for one in losses)
     holds = holds and (apart is None or apart <= allowed)
     found = {"losses": losses, "gradients differ by": "not to be seen" if apart is None else apart}
     return Found(found, {"losses": wanted, "gradients differ by": f"<= {allowed}"}, holds)

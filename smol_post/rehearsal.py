@@ -110,7 +110,10 @@ class Rehearsal:
         self.accelerator, self.model = trainer.accelerator, trainer.model_wrapped
         self.lm = self.accelerator.unwrap_model(self.model)
         self.embedding = self.lm.get_input_embeddings()
-        self.pairs = isinstance(trainer, PairTrainer)
+        self.pairs, self.parts = isinstance(trainer, PairTrainer), trainer.parts
+        # processes that share sequences have one share of the batch, as one process else
+        self.num_shares = self.accelerator.num_processes // self.parts.size
+        self.share = self.accelerator.process_index // self.parts.size
         self.size = trainer.args.per_device_train_batch_size  # of pairs: this process's part of the batch
         self.isolated = getattr(recipe, "packing", "bfd") != "wrapped_cross_document"
         self.zero = self.accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -120,7 +123,7 @@ class Rehearsal:
         self.loader = trainer.get_train_dataloader()
         self.pool = Pool.of(prepared.stores)
         self.bases = np.cumsum([0, *(len(store.tokens) for store in prepared.stores)])
-        number = min(max(_FIRST_ROWS, 2 * self.accelerator.num_processes), len(prepared.dataset))
+        number = min(max(_FIRST_ROWS, 2 * self.num_shares), len(prepared.dataset))
         self.lengths: list[list[int]] = prepared.index[:number]["length"]
         self.rows = sorted(range(number), key=lambda row: (-len(self.lengths[row]), sum(self.lengths[row])))
 
@@ -165,10 +168,19 @@ class Rehearsal:
     @torch.no_grad()
     def loss(self, batch: dict[str, Any], items: Any = 1) -> float:
         """The loss of a batch as training computes it; `items` are the trained tokens of the global batch."""
-        return float(self.trainer.compute_loss(self.model, batch, num_items_in_batch=torch.as_tensor(items)))
+        loss = self.trainer.compute_loss(self.model, batch, num_items_in_batch=torch.as_tensor(items))
+        return self.parts.total(float(loss)) / self.parts.size
+
+    @torch.no_grad()
+    def summed(self, batch: dict[str, Any]) -> float:
+        """The sum of a batch's losses."""
+        return self.parts.total(float(self.trainer.sums(self.model, batch)[0]))
 
     def hidden_states(self, batch: dict[str, Any]) -> torch.Tensor:
-        """The last hidden states (T, D) behind that loss; a logit is a function of those of its position."""
+        """The last hidden states (T, D) behind that loss; a logit is a function of those of its position.
+
+        Of a split sequence those of this process's part.
+        """
         seen: list[Any] = []
         with self.lm.base_model.register_forward_hook(lambda *call: seen.append(call[-1])):
             self.loss(batch)
@@ -188,7 +200,7 @@ class Rehearsal:
             self.accelerator.gradient_state._set_sync_gradients(at == number)
             with contextlib.nullcontext() if at == number else self.accelerator.no_sync(model=self.model):
                 total += float(trainer.training_step(self.model, batch, items))
-        return total
+        return self.parts.total(total) / self.parts.size
 
     def decay(self) -> dict[int, float]:
         """Weight decay of parameters, by their ids, in the groups of the real optimiser."""

@@ -26,18 +26,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from smol_post import config, loading, manifest
-from smol_post.plan import (
-    Job,
-    Parent,
-    await_parents,
-    make_plan,
-    num_processes,
-    order,
-    rank,
-    resolve_parent,
-    say,
-)
+from smol_post import config, launch, loading, manifest
+from smol_post.launch import num_processes, rank, say
+from smol_post.plan import Job, Parent, await_parents, make_plan, order, resolve_parent
 from smol_post.refusal import Failure, Refusal
 
 LOCK = ".lock"
@@ -174,7 +165,10 @@ def execute(job: Job, examined: tuple[list[Parent], str] | None = None) -> int:
     if rank() != 0:
         if job.recipe.stage == "merge" or (manifest.is_whole(job.run_dir) and not job.scratch):
             return EXIT_OK
-        await_parents(job)
+        try:
+            await_parents(job)
+        except Refusal as refusal:
+            return refuse(refusal)
         return _guarded(job, [], "", None)
     try:
         parents, print_id = examined or examine(job)
@@ -193,7 +187,7 @@ def _guarded(job: Job, parents: list[Parent], print_id: str, started: float | No
     status, message, code = "failed", "", EXIT_FAILED
     try:
         if started is None:
-            parents = [resolve_parent(job, path) for path in job.parent_paths]
+            parents = [resolve_parent(job, path, rehash=False) for path in job.parent_paths]
         stage = importlib.import_module(f"smol_post.{job.recipe.stage}")
         outcome = stage.run(job.recipe, parents, job)
         if not job.scratch:
@@ -203,8 +197,7 @@ def _guarded(job: Job, parents: list[Parent], print_id: str, started: float | No
         status, code = "verified", EXIT_OK
     except Refusal as refusal:
         status, message, code = "refused", str(refusal), EXIT_REFUSED
-        if started is not None:
-            refuse(refusal)
+        refuse(refusal)
     except Failure as failure:
         message = str(failure)
         if started is not None:
@@ -276,7 +269,14 @@ def _summary(path: Path) -> dict[str, Any] | None:
 
 
 def refuse(refusal: Refusal) -> int:
-    """Print a refusal as its one line; the exit code for it."""
+    """Print a refusal as its one line; the exit code for it.
+
+    Of several processes the first speaks, and the launcher ends the others: what one of these still has to
+    say after a while is its own.
+    """
+    if rank() != 0:
+        time.sleep(5)
+        print(f"refused: process {rank()}: {refusal}", file=sys.stderr, flush=True)
     say(f"refused: {refusal}", error=True)
     return EXIT_REFUSED
 
@@ -408,6 +408,10 @@ def main(stage: str) -> None:
     code.
     """
     interrupt_on_sigterm()
+    try:
+        launch.take_over()
+    except Refusal as refusal:
+        sys.exit(refuse(refusal))
     leave(stage_command(stage, sys.argv[1:], program=f"smol_post/{stage}.py", separate=False))
 
 

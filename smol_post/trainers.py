@@ -28,6 +28,7 @@ from smol_post import batches, losses
 from smol_post.batches import Batch
 from smol_post.data import IGNORED
 from smol_post.refusal import Refusal
+from smol_post.sequence import Parts
 
 # So many logits (4 MiB in float32) are computed at once, gradients by torch: fewer operations. Our choice,
 # measured on a CPU: a quarter off the head's time at 46 x 768, nothing at 100 x 8,192.
@@ -42,8 +43,8 @@ def add_scoring(lm: PreTrainedModel) -> None:
     """Let lm(..., scored_labels=labels_BT) return the scores of trained tokens instead of logits (in place).
 
     reduction "sum": minus the sum of their log-probabilities, a scalar; "none": each of them, (N,), in order.
-    labels are unshifted: position t is scored against label t + 1, where that is not IGNORED. Raises Refusal
-    where the head is more than a matrix.
+    labels are unshifted: position t is scored against label t + 1, where that is not IGNORED; there may be
+    one more of them than of ids. Raises Refusal where the head is more than a matrix.
     """
     lm = lm.get_base_model() if is_peft_model(lm) else lm  # pyright: ignore[reportCallIssue]
     if getattr(lm, "scores_labels", False):
@@ -64,8 +65,8 @@ def add_scoring(lm: PreTrainedModel) -> None:
     ) -> Any:
         if scored_labels is None:
             return forward(*args, **kwargs)
-        hidden_BTD = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         labels_BT = scored_labels[:, 1:]
+        hidden_BTD = self.base_model(*args, **kwargs).last_hidden_state[:, : labels_BT.shape[1]]
         trained_BT = labels_BT != IGNORED
         weight_VD = self.get_output_embeddings().weight  # looked up each time: wrappers replace it
         if isinstance(weight_VD, DTensor):
@@ -93,19 +94,35 @@ class Exact:
     `tally` holds what this process has added up over the optimiser step under way: the loss (as the Trainer
     means it: averaged over processes it is the loss of the global batch), tokens, trained tokens, of pairs
     sums of their rewards; `addresses` those of the documents. `gauges` tells trackers more than TRL does.
+    Processes that share sequences (`parts`) get the same rows, and the first of them tallies those.
     """
 
     loss_is_scaled_for_ga = True  # every loss is divided by what the global batch has
     tally: defaultdict[str, Any]
+    parts: Parts
     grad_norm: Any = None
     learning_rate: float = 0.0
     gauges: Callable[[], dict[str, float]] = dict
 
-    def __init__(self, *args: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, model: PreTrainedModel, num_parts: int = 1, **kwargs: Any) -> None:
         """`model` gets its scoring forward before anything wraps it."""
         self.tally, self.addresses = defaultdict(int), list[int]()
         add_scoring(model)
         super().__init__(*args, model=model, **kwargs)  # pyright: ignore[reportCallIssue]
+        self.parts = Parts(num_parts)
+
+    def get_train_dataloader(self) -> Any:
+        """TRL's, with the same rows for all processes that share a sequence."""
+        loader = super().get_train_dataloader()  # type: ignore[misc]
+        if self.parts.size > 1:
+            shard = loader.batch_sampler  # accelerate's: every num_processes-th batch, from process_index on
+            shard.num_processes //= self.parts.size
+            shard.process_index //= self.parts.size
+        return loader
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._get_num_items_in_batch(*args, **kwargs)  # type: ignore[misc]
+        return found if found is None or self.parts.size == 1 else found // self.parts.size  # counted by each
 
     def create_accelerator_and_postprocess(self) -> None:
         """The accelerator; FSDP2 is kept from summing gradients and rounding losses in bfloat16."""
@@ -124,7 +141,7 @@ class Exact:
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """As the Trainer counts them, who counts the parameters in every step: 6 a parameter and token."""
-        return 6 * inputs["input_ids"].numel() * self._num_parameters
+        return 6 * inputs["input_ids"].numel() * self._num_parameters // self.parts.size
 
     @functools.cached_property
     def _num_parameters(self) -> int:
@@ -135,10 +152,11 @@ class Exact:
         if model is self.model and "train" not in vars(model):  # type: ignore[attr-defined]
             model.train = functools.partial(_train, model)  # else every module is visited in every step
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        first = self.parts.index == 0
         self.tally["loss"] += loss
-        self.tally["num_tokens"] += inputs["input_ids"].numel()
-        self.tally["num_trained_tokens"] += sum(inputs["num_trained"])
-        self.addresses += inputs["address"]
+        self.tally["num_tokens"] += inputs["input_ids"].numel() * first
+        self.tally["num_trained_tokens"] += sum(inputs["num_trained"]) * first
+        self.addresses += inputs["address"] * first
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -200,9 +218,8 @@ class PackTrainer(Exact, SFTTrainer):
         return other or self.args.label_smoothing_factor > 0
 
     def sums(self, model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
-        """(sum of the losses, how many there are) of a batch: of its trained tokens."""
-        total = model(**batches.model_inputs(batch), scored_labels=batch["labels"])
-        return total, sum(batch["num_trained"])
+        """(sum of the losses of this part, how many there are in all) of a batch: of its trained tokens."""
+        return model(**batches.part_inputs(batch, self.parts)), sum(batch["num_trained"])
 
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -214,9 +231,8 @@ class PackTrainer(Exact, SFTTrainer):
         if self.trl_loss:
             given = {**batches.model_inputs(inputs), "labels": inputs["labels"]}
             return super().compute_loss(model, given, return_outputs, num_items_in_batch)
-        total = model(**batches.model_inputs(inputs), scored_labels=inputs["labels"])
         assert num_items_in_batch is not None
-        return total / num_items_in_batch * self.accelerator.num_processes
+        return self.sums(model, inputs)[0] / num_items_in_batch * self.accelerator.num_processes
 
 
 class PairTrainer(Exact, DPOTrainer):

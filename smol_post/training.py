@@ -1,17 +1,20 @@
 """Recipe -> TRL arguments in one table; trainers; fit, resume, save. TRL trains, we say exactly what."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
-from smol_post import batches, data, manifest, model, proofs, reference
+from smol_post import batches, data, launch, manifest, model, proofs, reference, rehearsal, sequence
 from smol_post.config import (
     ApoRecipe,
     BaseRecipe,
@@ -21,9 +24,9 @@ from smol_post.config import (
     SftRecipe,
     Training,
 )
-from smol_post.instruments import Announce, Instruments
-from smol_post.refusal import Refusal
-from smol_post.trainers import PackTrainer, PairTrainer
+from smol_post.instruments import TOTALS, Announce, Instruments, launch_of
+from smol_post.refusal import Failure, Refusal
+from smol_post.trainers import PackTrainer, PairTrainer, add_scoring
 from smol_post.vocabulary import Vocabulary
 
 # TRL reads a property that transformers renames; nothing a user of a recipe could do about it.
@@ -31,19 +34,24 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", categ
 
 
 def accumulation_steps(recipe: Training, num_processes: int) -> int:
-    """How many micro-batches a process accumulates for one step of `global_batch_size`.
+    """How many micro-batches a process accumulates for its share of `global_batch_size`, as few as can be.
 
-    8 = 2 a micro-batch x 2 processes x 2 steps; of pairs 1, since their trainer cuts the batch itself. Raises
-    Refusal where it does not divide.
+    They are alike, of at most `micro_batch_size` rows: 12 rows, 2 processes, at most 4: 2 of 3. Of pairs 1,
+    since their trainer cuts the share itself. Raises Refusal where the batch does not divide.
     """
-    micro = recipe.micro_batch_size if isinstance(recipe, Packed) else 1
-    if recipe.global_batch_size % (micro * num_processes):
-        what = f"micro_batch_size {micro} x " if isinstance(recipe, Packed) else ""
+    share, rest = divmod(recipe.global_batch_size, num_processes)
+    if rest:
         raise Refusal(
-            f"global_batch_size: {recipe.global_batch_size} does not divide by {what}{num_processes} "
-            "processes; change one of them"
+            f"global_batch_size: {recipe.global_batch_size} does not divide by {num_processes} processes; "
+            "change one of them"
         )
-    return recipe.global_batch_size // (micro * num_processes) if isinstance(recipe, Packed) else 1
+    if not isinstance(recipe, Packed):
+        return 1
+    return next(
+        steps
+        for steps in range(1, share + 1)
+        if share % steps == 0 and share // steps <= recipe.micro_batch_size
+    )
 
 
 def trainer_arguments(recipe: Training, *, run_dir: Path, num_processes: int) -> dict[str, Any]:
@@ -84,6 +92,8 @@ def trainer_arguments(recipe: Training, *, run_dir: Path, num_processes: int) ->
     return {**defaults, **recipe.trainer, **owned}
 
 
+PROBE_TOKENS = 256  # of the data, on which a saved checkpoint is held against the model in memory
+
 T = TypeVar("T", PackTrainer, PairTrainer)
 
 
@@ -96,19 +106,23 @@ def train_on_packs(
     run_dir: Path,
     cache_dir: Path,
     num_processes: int,
+    num_parts: int,
     only_verify: bool,
     announce: Announce,
 ) -> dict[str, Any]:
     """Sources -> packs -> trained checkpoint in `run_dir`; the outcome (data ledger and metrics).
 
-    Raises Refusal as `data.prepare` does.
+    `num_parts` processes share each sequence. Raises Refusal as `data.prepare` does.
     """
     model.use_threads(recipe.num_threads)
-    arguments = trainer_arguments(recipe, run_dir=run_dir, num_processes=num_processes)
+    arguments = trainer_arguments(recipe, run_dir=run_dir, num_processes=num_processes // num_parts)
+    if num_parts > 1:
+        check_split(recipe, lm, num_parts)
+        announce(f"each sequence is split over {num_parts} processes; documents stay apart")
     arguments |= {"report_to": "none"} if only_verify else {}
     packs = data.prepare(recipe, words, folder=folder, cache_dir=cache_dir)
     announce(describe(packs.ledger))
-    trainer = pack_trainer(lm, words.tokenizer, packs.dataset, arguments=arguments)
+    trainer = pack_trainer(lm, words.tokenizer, packs.dataset, arguments=arguments, num_parts=num_parts)
     metrics = fit(
         trainer, words.tokenizer, prepared=packs, recipe=recipe, run_dir=run_dir, only_verify=only_verify,
         announce=announce,
@@ -141,6 +155,17 @@ def describe(ledger: dict[str, Any]) -> str:
     )
 
 
+def check_split(recipe: Training, lm: PreTrainedModel, num_parts: int) -> None:
+    """Sequences can be split over so many processes; Refusal where the loss or the heads do not allow it."""
+    sequence.check_heads(lm.config, num_parts)
+    for key in ("loss_type", "label_smoothing_factor"):
+        if recipe.trainer.get(key) not in (None, 0, 0.0, "nll"):
+            raise Refusal(
+                f"trainer.{key}: found {recipe.trainer[key]}, which wants whole sequences; remove it, or "
+                "parallelism_config_sp_size from the launch file"
+            )
+
+
 def check_length(recipe: Training, parent: PreTrainedModel) -> None:
     """A pack may not be longer than the parent's context; Refusal with both numbers."""
     limit = getattr(parent.config, "max_position_embeddings", None)
@@ -162,6 +187,7 @@ def train_on_pairs(
     run_dir: Path,
     cache_dir: Path,
     num_processes: int,
+    num_parts: int,
     only_verify: bool,
     announce: Announce,
 ) -> dict[str, Any]:
@@ -170,6 +196,10 @@ def train_on_pairs(
     `live` is the reference, if it is to stay in memory; else its log-probabilities come from the cache, under
     `weights`, the digest of what `lm` was loaded from.
     """
+    if num_parts > 1:
+        raise Refusal(
+            "launch file: parallelism_config_sp_size: pairs are not split over processes; launch without it"
+        )
     arguments = trainer_arguments(recipe, run_dir=run_dir, num_processes=num_processes)
     arguments |= {"report_to": "none"} if only_verify else {}
     pairs = data.prepare(recipe, words, folder=folder, cache_dir=cache_dir)
@@ -197,14 +227,24 @@ def train_on_pairs(
 
 
 def pack_trainer(
-    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, packs: Dataset, *, arguments: dict[str, Any]
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    packs: Dataset,
+    *,
+    arguments: dict[str, Any],
+    num_parts: int = 1,
 ) -> PackTrainer:
     """A trainer over packs: a batch is one row, positions restart at every document, no attention mask."""
     args = SFTConfig(
         **arguments, packing=False, dataset_kwargs={"skip_prepare_dataset": True}, shuffle_dataset=False
     )
     trainer = PackTrainer(
-        model=lm, args=args, train_dataset=packs, processing_class=tokenizer, data_collator=batches.collate
+        model=lm,
+        args=args,
+        train_dataset=packs,
+        processing_class=tokenizer,
+        data_collator=batches.collate,
+        num_parts=num_parts,
     )
     return _checked(trainer)
 
@@ -236,9 +276,40 @@ def _checked(trainer: T) -> T:
     found = trainer.accelerator.mixed_precision
     if found != wanted:
         raise Refusal(f"mixed_precision: the launch file says {found}, the recipe {wanted}; make them agree")
+    kind = trainer.accelerator.distributed_type
+    asked = launch.engine()
+    if asked and kind.value != asked:
+        raise Refusal(
+            f"launch file: distributed_type: asks for {asked}, accelerate made {kind.value} of "
+            f"{trainer.accelerator.num_processes} processes on {trainer.accelerator.device.type}; it wants "
+            "several GPUs (trainer.use_cpu=false); on a CPU take recipes/accelerate/cpu.yaml"
+        )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
+
+
+@torch.no_grad()
+def _loss_of(lm: Any, ids: Any, device: torch.device) -> float:
+    """Nats a token of a text under a model; all processes take part where it is in shards."""
+    training, lm_ids = lm.training, torch.as_tensor(ids, device=device)[None]
+    lm.eval()
+    total = lm(input_ids=lm_ids, scored_labels=lm_ids, use_cache=False)
+    lm.train(training)
+    return float(total) / max(len(ids) - 1, 1)
+
+
+def check_reloaded(run_dir: Path, ids: Any, live: float, *, rounded: bool) -> None:
+    """The saved checkpoint, loaded on the CPU, gives the loss of the model in memory; Failure if not."""
+    unset_hf_deepspeed_config()  # else ZeRO-3 would part this model too, over processes that have ended
+    saved = model.load_model(run_dir, attn_implementation="sdpa")
+    add_scoring(saved)
+    found = _loss_of(saved, ids, torch.device("cpu"))
+    if not math.isclose(found, live, rel_tol=proofs.LOSS[rounded], abs_tol=proofs.LOSS[rounded]):
+        raise Failure(
+            f"{run_dir}: what was saved gives a loss of {found:.6g} on the first {len(ids)} tokens of the "
+            f"data, the model in memory {live:.6g}; its checkpoints are kept, report this"
+        )
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
@@ -248,6 +319,22 @@ def last_checkpoint(run_dir: Path) -> Path | None:
         key=lambda path: -int(path.name.rsplit("-", 1)[1]),
     )
     return next(filter(manifest.is_sealed, found), None)
+
+
+def check_launch(checkpoint: Path, accelerator: Accelerator, run_dir: Path) -> None:
+    """A checkpoint resumes under the engine that wrote it; Refusal where this launch cannot read it.
+
+    Whole replicas (one process, DDP) and FSDP2's shards resume on any number of processes, ZeRO's on as many.
+    """
+    saved = manifest.read_json(checkpoint / TOTALS)["launch"]
+    here = launch_of(accelerator)
+    if saved["engine"] == here["engine"] and (saved == here or here["engine"] != "DEEPSPEED"):
+        return
+    raise Refusal(
+        f"{checkpoint}: was saved by {saved['num_processes']} processes ({saved['engine']}), this launch has "
+        f"{here['num_processes']} ({here['engine']}), which cannot read its optimiser; launch as before, or "
+        f"remove {run_dir} to begin again"
+    )
 
 
 def fit(
@@ -269,6 +356,8 @@ def fit(
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     shapes = {name: list(parameter.shape) for name, parameter in trained.named_parameters()}
     resumed = last_checkpoint(run_dir)
+    if resumed:
+        check_launch(resumed, trainer.accelerator, run_dir)
     ledger = prepared.ledger
     note = run_dir / manifest.CHECKPOINTS / "data.json"
     if resumed and manifest.read_json(note)["fingerprint"] != ledger["fingerprint"]:
@@ -288,11 +377,15 @@ def fit(
     except proofs.Verified:
         return {}
     trained.config.use_cache = True
+    ids = prepared.dataset[0]["input_ids"][:PROBE_TOKENS]
+    live = _loss_of(trainer.model_wrapped, ids, trainer.accelerator.device)
+    rehearsal.shard(trained)
     trainer.save_model(str(run_dir))
     if trainer.is_world_process_zero():
         (run_dir / "training_args.bin").unlink(missing_ok=True)
         tokenizer.save_pretrained(run_dir)
         model.check_saved(shapes, run_dir)
+        check_reloaded(run_dir, ids, live, rounded=trainer.accelerator.mixed_precision != "no")
         if not any((run_dir / manifest.CHECKPOINTS).glob("checkpoint-*")):
             note.unlink()
             note.parent.rmdir()

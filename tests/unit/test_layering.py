@@ -15,7 +15,19 @@ PACKAGE = Path(smol_post.__file__).parent
 STAGES = {"base", "long_context", "mid", "sft", "apo", "merge", "evals"}
 LAYERS = [
     {"__init__", "refusal", "trainer_block", "config", "loading", "manifest"},
-    {"plan", "runner", "chat", "messages", "encoding", "synthetic", "report", "points", "plots", "hub"},
+    {
+        "launch",
+        "plan",
+        "runner",
+        "chat",
+        "messages",
+        "encoding",
+        "synthetic",
+        "report",
+        "points",
+        "plots",
+        "hub",
+    },
     {
         "packing",
         "vocabulary",
@@ -26,6 +38,7 @@ LAYERS = [
         "inspection",
         "model",
         "attention",
+        "sequence",
         "losses",
         "batches",
     },

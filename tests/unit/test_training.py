@@ -26,15 +26,27 @@ def recipe(**changes: Any) -> config.SftRecipe:
     return config.SftRecipe(**given | changes)
 
 
-@pytest.mark.parametrize(("num_processes", "steps"), [(1, 4), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("num_processes", "steps"), [(1, 4), (2, 2), (4, 1), (8, 1)])
 def test_accumulation_follows_from_batch_and_processes(num_processes: int, steps: int) -> None:
     assert training.accumulation_steps(recipe(), num_processes) == steps
 
 
-@pytest.mark.parametrize("num_processes", [3, 8])
+@pytest.mark.parametrize("num_processes", [3, 16])
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused(num_processes: int) -> None:
-    with pytest.raises(Refusal, match=f"8 does not divide by micro_batch_size 2 x {num_processes} processes"):
+    with pytest.raises(Refusal, match=f"8 does not divide by {num_processes} processes"):
         training.accumulation_steps(recipe(), num_processes)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "rows_and_steps"), [(1, (4, 3)), (2, (3, 2)), (3, (4, 1)), (6, (2, 1)), (12, (1, 1))]
+)
+def test_a_recipe_runs_on_any_number_of_processes_that_divides_its_batch(
+    tmp_path: Path, num_processes: int, rows_and_steps: tuple[int, int]
+) -> None:
+    made = training.trainer_arguments(
+        recipe(global_batch_size=12, micro_batch_size=4), run_dir=tmp_path, num_processes=num_processes
+    )
+    assert (made["per_device_train_batch_size"], made["gradient_accumulation_steps"]) == rows_and_steps
 
 
 def test_the_recipe_s_own_keys_beat_defaults_and_trainer_block(tmp_path: Path) -> None:
