@@ -1,17 +1,19 @@
 """Recipe -> TRL arguments in one table; trainers; fit, resume, save. TRL trains, we say exactly what."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
-from smol_post import batches, data, manifest, model, proofs, reference
+from smol_post import adapters, batches, data, manifest, model, proofs, reference
 from smol_post.config import (
     ApoRecipe,
     BaseRecipe,
@@ -92,6 +94,7 @@ def train_on_packs(
     lm: PreTrainedModel,
     words: Vocabulary,
     *,
+    load: Callable[[], PreTrainedModel] | None = None,
     folder: Path,
     run_dir: Path,
     cache_dir: Path,
@@ -101,6 +104,7 @@ def train_on_packs(
 ) -> dict[str, Any]:
     """Sources -> packs -> trained checkpoint in `run_dir`; the outcome (data ledger and metrics).
 
+    `load`: where `lm` has adapters, what gives the model that they are merged into.
     Raises Refusal as `data.prepare` does.
     """
     model.use_threads(recipe.num_threads)
@@ -110,8 +114,8 @@ def train_on_packs(
     announce(describe(packs.ledger))
     trainer = pack_trainer(lm, words.tokenizer, packs.dataset, arguments=arguments)
     metrics = fit(
-        trainer, words.tokenizer, prepared=packs, recipe=recipe, run_dir=run_dir, only_verify=only_verify,
-        announce=announce,
+        trainer, words.tokenizer, load=load, prepared=packs, recipe=recipe, run_dir=run_dir,
+        only_verify=only_verify, announce=announce,
     )  # fmt: skip
     return {"data": packs.ledger, "metrics": metrics}
 
@@ -157,6 +161,7 @@ def train_on_pairs(
     live: PreTrainedModel | None,
     words: Vocabulary,
     *,
+    load: Callable[[], PreTrainedModel] | None = None,
     weights: str,
     folder: Path,
     run_dir: Path,
@@ -167,8 +172,8 @@ def train_on_pairs(
 ) -> dict[str, Any]:
     """Sources -> pairs -> trained checkpoint in `run_dir`; the outcome (data ledger and metrics).
 
-    `live` is the reference, if it is to stay in memory; else its log-probabilities come from the cache, under
-    `weights`, the digest of what `lm` was loaded from.
+    `live` is the reference, if it is to stay in memory beside `lm`; else it is cached, under `weights`, the
+    digest of what `lm` was loaded from, or `lm` without its adapters. `load`: as in `train_on_packs`.
     """
     arguments = trainer_arguments(recipe, run_dir=run_dir, num_processes=num_processes)
     arguments |= {"report_to": "none"} if only_verify else {}
@@ -178,7 +183,7 @@ def train_on_pairs(
     trainer = pair_trainer(
         lm, live, words.tokenizer, pairs.dataset, micro_batch_tokens=micro_batch_tokens, arguments=arguments
     )
-    if live is None:
+    if recipe.reference == "cached":
         pairs = reference.with_reference(
             pairs,
             lm,
@@ -190,8 +195,8 @@ def train_on_pairs(
         )
         trainer.train_dataset = pairs.dataset
     metrics = fit(
-        trainer, words.tokenizer, prepared=pairs, recipe=recipe, run_dir=run_dir, only_verify=only_verify,
-        announce=announce,
+        trainer, words.tokenizer, load=load, prepared=pairs, recipe=recipe, run_dir=run_dir,
+        only_verify=only_verify, announce=announce,
     )  # fmt: skip
     return {"data": pairs.ledger, "metrics": metrics}
 
@@ -254,6 +259,7 @@ def fit(
     trainer: PackTrainer | PairTrainer,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    load: Callable[[], PreTrainedModel] | None = None,
     prepared: data.Prepared,
     recipe: Training,
     run_dir: Path,
@@ -263,11 +269,15 @@ def fit(
     """Train (from the last whole checkpoint, if any), save a plain checkpoint into `run_dir`, return metrics.
 
     `only_verify`: stop before step 1, when what the recipe's `verify` asks for is proved; {}.
+    Adapters are saved apart, and merged into what `load` gives.
     Raises Refusal where a proof fails or an unfinished run was made from other data, Failure where the loss
     is not finite or explodes, RuntimeError where a saved weight is not finite.
     """
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     shapes = {name: list(parameter.shape) for name, parameter in trained.named_parameters()}
+    if adapted := is_peft_model(trained):
+        adapters.check_engine(trainer.accelerator, trained)
+        announce(adapters.describe(trained))
     resumed = last_checkpoint(run_dir)
     ledger = prepared.ledger
     note = run_dir / manifest.CHECKPOINTS / "data.json"
@@ -288,8 +298,10 @@ def fit(
     except proofs.Verified:
         return {}
     trained.config.use_cache = True
-    trainer.save_model(str(run_dir))
+    trainer.save_model(str(run_dir / adapters.ADAPTER if adapted else run_dir))
     if trainer.is_world_process_zero():
+        if adapted and load:
+            shapes = adapters.save_merged(load(), tokenizer, run_dir)
         (run_dir / "training_args.bin").unlink(missing_ok=True)
         tokenizer.save_pretrained(run_dir)
         model.check_saved(shapes, run_dir)

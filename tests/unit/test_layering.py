@@ -30,6 +30,7 @@ LAYERS = [
         "batches",
     },
     {
+        "adapters",
         "trainers",
         "reference",
         "training",
