@@ -44,15 +44,18 @@ def quantization(*, bf16: bool) -> dict[str, Any]:
     """How `load_model` is to quantise: linear layers but the head, on the device of this process.
 
     NF4 with quantised constants, 4.1 bits a weight, products in bfloat16 where training rounds to that.
-    Source: QLoRA (arXiv:2305.14314), section 3.
+    Source: QLoRA (arXiv:2305.14314), section 3. Refusal without a GPU: on a CPU bitsandbytes 0.50 may round
+    its weights anew, to bfloat16, in any forward pass without gradients, and keep them so.
     """
+    if (device := PartialState().device) is None or device.type == "cpu":
+        raise Refusal("peft.load_in_4bit: found no GPU, which it is for; remove it, or run where one is")
     numbers = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
     )
-    return {"quantization_config": numbers, "device_map": {"": PartialState().device}}
+    return {"quantization_config": numbers, "device_map": {"": device}}
 
 
 def add_adapters(lm: PreTrainedModel, block: Peft, *, new_ids: list[int], seed: int) -> PreTrainedModel:
@@ -122,6 +125,11 @@ def check_engine(accelerator: Any, lm: Any) -> None:
     if zero == 3:
         raise Refusal(
             "peft: not with ZeRO-3, which would part the parent at the merge; take ddp, fsdp2 or zero2"
+        )
+    fsdp = accelerator.distributed_type == DistributedType.FSDP
+    if fsdp and any(one.requires_grad and "lora_" not in name for name, one in lm.named_parameters()):
+        raise Refusal(
+            "peft: FSDP takes neither new tokens nor modules_to_save with it; launch with ddp or zero2"
         )
     if lm.get_base_model().__dict__.get("is_loaded_in_4bit") and accelerator.distributed_type in (
         DistributedType.FSDP, DistributedType.DEEPSPEED,
