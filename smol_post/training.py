@@ -30,6 +30,8 @@ from smol_post.vocabulary import Vocabulary
 
 # TRL reads a property that transformers renames; nothing a user of a recipe could do about it.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+# peft means the copy of an adapter that TRL makes and we remove.
+warnings.filterwarnings("ignore", message=".*no tied modules were found.*", category=UserWarning)
 
 
 def accumulation_steps(recipe: Training, num_processes: int) -> int:
