@@ -173,25 +173,24 @@ def _whole_state(accelerator: Any, model: Any) -> dict[str, torch.Tensor]:
     """The tensors of a sharded model on the CPU of the main process; takes part in every process."""
     lm = accelerator.unwrap_model(model)
     once = dict(lm.named_parameters())
-    if is_peft_model(lm):
-        return {name: _whole(accelerator, one) for name, one in once.items() if one.requires_grad}
     tied = dict(lm.named_parameters(remove_duplicate=False)).keys() - once.keys()
-    if accelerator.distributed_type == DistributedType.FSDP:
+    fsdp, adapted = accelerator.distributed_type == DistributedType.FSDP, is_peft_model(lm)
+    if fsdp and not adapted:
         state = accelerator.get_state_dict(model)
         return {name: tensor for name, tensor in state.items() if name not in tied}
     state = {name: tensor for name, tensor in lm.state_dict().items() if name not in once.keys() | tied}
-    return state | {name: _whole(accelerator, parameter) for name, parameter in once.items()}
+    for name, parameter in once.items():
+        if adapted and not parameter.requires_grad:
+            continue
+        if fsdp:
+            tensor: Any = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        else:
+            from deepspeed.utils import safe_get_full_fp32_param
 
-
-def _whole(accelerator: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """A trained parameter on the CPU, in float32; takes part in every process."""
-    if accelerator.distributed_type == DistributedType.FSDP:
-        tensor: Any = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    else:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        tensor = safe_get_full_fp32_param(parameter)  # what the optimiser updates; the model's is rounded
-    return tensor.detach().float().cpu()
+            tensor = safe_get_full_fp32_param(parameter)  # what the optimiser updates; the model's is rounded
+        if accelerator.is_main_process:
+            state[name] = tensor.detach().float().cpu()
+    return state
 
 
 def _train(lm: PreTrainedModel, mode: bool = True) -> PreTrainedModel:
@@ -299,7 +298,7 @@ class PairTrainer(Exact, DPOTrainer):
         if "reference" in batch:
             reference_P2 = torch.tensor(batch["reference"], device=log_probs_P2.device).view(-1, 2)
         else:
-            lm = self.ref_model or self.accelerator.unwrap_model(model)
+            lm = self.accelerator.unwrap_model(model) if self.ref_model is None else self.ref_model
             with torch.no_grad(), adapters.off(lm):
                 reference_P2 = answer_log_probs(lm, batch)
         ratios_P2 = log_probs_P2 - reference_P2

@@ -302,7 +302,8 @@ def fit(
     trained.config.use_cache = True
     trainer.save_model(str(run_dir / adapters.ADAPTER if adapted else run_dir))
     if trainer.is_world_process_zero():
-        if adapted and load:
+        if adapted:
+            assert load
             shapes = adapters.save_merged(load(), tokenizer, run_dir)
         (run_dir / "training_args.bin").unlink(missing_ok=True)
         tokenizer.save_pretrained(run_dir)

@@ -667,6 +667,8 @@ def test_a_sound_run_with_adapters_passes_every_proof(
     found = prove(lm=adapted(build, **block), verify="full", **DECAY)
     assert of(found, "failed") == set()
     assert of(found, "not run") == {REFERENCE}
+    rounded = {"bf16": True, "activation_checkpointing": True}
+    assert of(prove(lm=adapted(build, **block), trainer=rounded), "failed") == set()
     block = {} if "lora_dropout" in block else block
     assert of(prove("apo", lm=adapted(build, **block), verify="full"), "passed") == {
         proof.__name__ for proof in proofs.PROOFS
