@@ -10,6 +10,7 @@ row, isolated as documents of a pack are.
         --config recipes/tiny/apo.yaml --run apo_seed0
 """
 
+import functools
 from typing import Any
 
 from smol_post import runner
@@ -21,17 +22,17 @@ def run(recipe: ApoRecipe, parents: list[runner.Parent], job: runner.Job) -> dic
 
     Raises Refusal where the parent has no chat template and the recipe names none.
     """
-    from smol_post import model, training, vocabulary
+    from smol_post import adapters, model, training, vocabulary
 
     (parent,) = parents
     model.use_threads(recipe.num_threads)
     words = vocabulary.of_run(recipe, vocabulary.load_tokenizer(parent.folder), folder=job.recipe_file.parent)
-    lm = model.load_model(parent.folder, attn_implementation=recipe.attention)
+    load = functools.partial(model.load_model, parent.folder, attn_implementation=recipe.attention)
+    lm = adapters.start(load, recipe, new_ids=[])
     training.check_length(recipe, lm)
-    live = None
-    if recipe.reference == "live":
-        live = model.load_model(parent.folder, attn_implementation=recipe.attention)
-    return training.train_on_pairs(recipe, lm, live, words, weights=parent.digest, **job.place())
+    live = load() if recipe.reference == "live" and not recipe.peft else None
+    weights = parent.digest + (" in NF4" if recipe.peft and recipe.peft.load_in_4bit else "")
+    return training.train_on_pairs(recipe, lm, live, words, load=load, weights=weights, **job.place())
 
 
 if __name__ == "__main__":

@@ -123,6 +123,15 @@ class Training(Made):
     verify: Literal["quick", "full", "off"] = "quick"  # what is proved before step 1
     trainer: dict[str, Any] = {}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _adapters_where_they_are_merged(cls, tree: Any) -> Any:
+        if "peft" in tree and "peft" not in cls.model_fields:
+            raise ValueError(
+                "peft: adapters are for SFT and APO only, this stage trains all weights; remove it"
+            )
+        return tree
+
     @field_validator("verify", mode="before")
     @classmethod
     def _off_is_a_word(cls, value: Any) -> Any:
@@ -221,6 +230,24 @@ class MidRecipe(Packed):
     add_tokens: list[str] = []
 
 
+class Peft(Strict):
+    """LoRA: fields of peft's LoraConfig by their own names; the frozen weights in NF4 too is QLoRA.
+
+    Sources: LoRA (Hu et al., 2021); all linear layers but the head, as QLoRA (Dettmers et al., 2023) advises;
+    use_rslora scales by lora_alpha / sqrt(r) (Kalajdzievski, 2023); use_dora: DoRA (Liu et al., 2024).
+    modules_to_save: trained whole, such as [embed_tokens].
+    """
+
+    r: int = Field(gt=0)
+    lora_alpha: int = Field(gt=0)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    modules_to_save: list[str] = []
+    use_rslora: bool = False
+    use_dora: bool = False
+    load_in_4bit: bool = False
+
+
 class SftRecipe(Packed):
     """Dual-mode SFT: BFD packing over the whole set, loss on assistant turns."""
 
@@ -230,6 +257,7 @@ class SftRecipe(Packed):
     text_end: str | None = None
     chat_template: str = "smol_post"
     add_tokens: list[str] = []
+    peft: Peft | None = None
 
 
 class ApoRecipe(Training):
@@ -237,13 +265,23 @@ class ApoRecipe(Training):
 
     A process cuts its share of the batch into micro-batches of at most `micro_batch_tokens` tokens; the loss
     does not depend on it. None: one pair of the longest, 2 max_tokens. reference: log-probabilities computed
-    once and kept ("cached"), or a second model in memory ("live").
+    once and kept ("cached"), or a second model in memory ("live"; with `peft` the same one, adapter off).
     """
 
     stage: Literal["apo"]
     chat_template: str | None = None
     micro_batch_tokens: int | None = Field(default=None, gt=0)
     reference: Literal["cached", "live"] = "cached"
+    peft: Peft | None = None
+
+    @model_validator(mode="after")
+    def _dropout_that_stays(self) -> "ApoRecipe":
+        if self.peft and self.peft.lora_dropout and self.trainer.get("disable_dropout", True):
+            raise ValueError(
+                f"peft.lora_dropout: found {self.peft.lora_dropout:g}, but trainer.disable_dropout, true by "
+                "default, takes it out; set that to false, or remove lora_dropout"
+            )
+        return self
 
     @model_validator(mode="after")
     def _on_answers(self) -> "ApoRecipe":

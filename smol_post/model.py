@@ -45,8 +45,11 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     rope_theta: float | None = None,
     max_position_embeddings: int | None = None,
+    **quantized: Any,
 ) -> PreTrainedModel:
     """The checkpoint in `folder` as a causal language model, in `dtype` (float32 to train: master weights).
+
+    `quantized`: how else transformers is to hold its linear layers, and where; see `adapters.quantization`.
 
     `rope_theta` and `max_position_embeddings` replace the checkpoint's before the model is built; the live
     frequencies are then held against the configuration. Raises Refusal where the folder is no checkpoint, a
@@ -75,6 +78,7 @@ def load_model(
             attn_implementation=attn_implementation,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that the next lines name them
+            **quantized,
         )
     except (OSError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -121,6 +121,9 @@ def _job(folder: Path, entry: config.Entry, root: Path, arguments: list[str]) ->
 
 def check_names(recipe: config.Recipe, path: Path) -> None:
     """Templates and generators that a recipe names exist and take the options it gives; Refusal otherwise."""
+    adapter = getattr(recipe, "peft", None)
+    if adapter and adapter.load_in_4bit and find_spec("bitsandbytes") is None:
+        raise Refusal(f"{path}: peft.load_in_4bit: no bitsandbytes here; pip install 'smol_post[qlora]'")
     template = getattr(recipe, "chat_template", None)
     if template is not None:
         chat.load_template(template, folder=path.parent)

@@ -47,22 +47,30 @@ class Verified(Exception):
 
 
 def head_and_embedding_are_tied_as_the_config_says(look: Rehearsal) -> Found:
-    """One tensor, or two."""
-    weights = look.lm.get_output_embeddings().weight, look.embedding.weight
-    places = [(one.to_local() if isinstance(one, DTensor) else one).data_ptr() for one in weights]
-    tied = weights[0] is weights[1] or places[0] == places[1] != 0
+    """One tensor, or two; of adapters so are the rows or the copy that is trained in its place."""
+    head, embedding = (
+        list(one.parameters()) for one in (look.lm.get_output_embeddings(), look.lm.get_input_embeddings())
+    )
+    tied = len(head) == len(embedding) and all(map(_one_tensor, head, embedding))
     wanted = bool(look.lm.config.tie_word_embeddings)
     return Found({"tied": tied}, {"tied": wanted}, tied == wanted)
 
 
+def _one_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
+    places = [(part.to_local() if isinstance(part, DTensor) else part).data_ptr() for part in (one, other)]
+    return one is other or places[0] == places[1] != 0
+
+
 def embeddings_are_not_decayed(look: Rehearsal) -> Found:
-    """In the groups of the real optimiser, and with them heads that are tied to them."""
+    """In the groups of the real optimiser, and with them heads that are tied to them, or trained rows."""
     decay = look.decay()
-    found = {
-        name: decay.get(id(module.weight), "in no group")
+    rows = {name: one for name, one in look.lm.named_parameters() if "trainable_tokens_delta" in name}
+    rows |= {
+        name: module.weight
         for name, module in look.lm.named_modules()
         if isinstance(module, torch.nn.Embedding) and module.weight.requires_grad
     }
+    found = {name: decay.get(id(one), "in no group") for name, one in rows.items()}
     return Found(found, dict.fromkeys(found, 0.0), not any(found.values()))
 
 

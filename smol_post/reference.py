@@ -19,7 +19,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
-from smol_post import batches, manifest
+from smol_post import adapters, batches, manifest
 from smol_post.data import Prepared
 from smol_post.documents import folder_of, once
 from smol_post.refusal import Refusal
@@ -29,7 +29,8 @@ Rounding = Literal["nothing", "products", "parameters"]
 FOLDER = "reference"
 _WINDOW_PAIRS = 64  # read at once, and cut into micro-batches
 
-_CODE = ("reference.py", "trainers.py", "losses.py", "batches.py", "attention.py", "data.py", "model.py")
+_CODE = ("reference.py", "adapters.py", "trainers.py", "losses.py", "batches.py", "attention.py", "data.py",
+         "model.py")  # fmt: skip
 _FILE = "log_probs.npy"
 
 
@@ -46,8 +47,8 @@ def with_reference(
     """The pairs with a column `reference`, [log p of chosen, of rejected] under `lm`, from the cache.
 
     `weights` is the digest of the checkpoint that `lm` was loaded from. Policy and reference agree at step 0
-    where `rounding` is that of training. Every process computes its part, the first one writes. `lm` ends as
-    it was.
+    where `rounding` is that of training. Adapters are off. Every process computes its part, the first one
+    writes. `lm` ends as it was.
     """
     addresses = np.stack(prepared.index.with_format("numpy")["address"][:]).reshape(-1, 2)
     _, first, inverse = np.unique(addresses[:, 0], return_index=True, return_inverse=True)
@@ -121,7 +122,7 @@ def _compute(
     before, training = lm.device, lm.training
     lm.to(device).eval()  # pyright: ignore[reportArgumentType]
     found = np.zeros((len(wanted), 2), np.float32)
-    with _rounded(lm, rounding):
+    with _rounded(lm, rounding), adapters.off(lm):
         for start in range(0, len(wanted), _WINDOW_PAIRS):
             window = rows[wanted[start : start + _WINDOW_PAIRS].tolist()]
             each = zip(*window.values(), strict=True)

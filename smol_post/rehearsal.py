@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, gather_object, is_peft_model
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -108,8 +108,10 @@ class Rehearsal:
         self.trainer, self.prepared, self.recipe = trainer, prepared, recipe
         self.full = recipe.verify == "full"
         self.accelerator, self.model = trainer.accelerator, trainer.model_wrapped
-        self.lm = self.accelerator.unwrap_model(self.model)
-        self.embedding = self.lm.get_input_embeddings()
+        lm = self.accelerator.unwrap_model(self.model)
+        self.lm = lm.get_base_model() if is_peft_model(lm) else lm
+        embedding = self.lm.get_input_embeddings()
+        self.embedding = getattr(embedding, "original_module", embedding)  # inside what peft puts around it
         self.pairs, self.parts = isinstance(trainer, PairTrainer), trainer.parts
         # processes that share sequences have one share of the batch, as one process else
         self.num_shares = self.accelerator.num_processes // self.parts.size

@@ -15,15 +15,20 @@ from smol_post.config import SftRecipe
 
 def run(recipe: SftRecipe, parents: list[runner.Parent], job: runner.Job) -> dict[str, Any]:
     """Train the parent on chats in both modes; returns the data ledger (by mode) and metrics."""
-    from smol_post import model, training, vocabulary
+    from smol_post import adapters, model, training, vocabulary
 
     (parent,) = parents
     words = vocabulary.of_run(recipe, vocabulary.load_tokenizer(parent.folder), folder=job.recipe_file.parent)
-    lm = model.load_model(parent.folder, attn_implementation=recipe.attention)
-    training.check_length(recipe, lm)
-    model.embed_new(lm, words.new_ids)
-    model.set_chat(lm, words.tokenizer)
-    return training.train_on_packs(recipe, lm, words, **job.place())
+
+    def load(**quantized: Any) -> Any:
+        lm = model.load_model(parent.folder, attn_implementation=recipe.attention, **quantized)
+        training.check_length(recipe, lm)
+        model.embed_new(lm, words.new_ids)
+        model.set_chat(lm, words.tokenizer)
+        return lm
+
+    lm = adapters.start(load, recipe, new_ids=words.new_ids)
+    return training.train_on_packs(recipe, lm, words, load=load, **job.place())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from smol_post import batches, losses
+from smol_post import adapters, batches, losses
 from smol_post.batches import Batch
 from smol_post.data import IGNORED
 from smol_post.refusal import Refusal
@@ -137,6 +137,9 @@ class Exact:
         names = super().get_decay_parameter_names(model)  # type: ignore[misc]
         embeddings = {id(one.weight) for one in model.modules() if isinstance(one, torch.nn.Embedding)}
         parameters = dict(model.named_parameters(remove_duplicate=False))
+        embeddings |= {
+            id(one) for name, one in parameters.items() if "trainable_tokens_delta" in name
+        }  # rows
         return [name for name in names if id(parameters[name]) not in embeddings]
 
     def floating_point_ops(self, inputs: Batch) -> int:
@@ -168,6 +171,7 @@ class Exact:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model as it is loaded again: whole, in float32, each tensor once, however training shards it.
 
+        Of adapters what is trained alone, as peft saves it.
         TRL's own way for checkpoints on the way, which engines resume from.
         """
         if _internal_call or self.accelerator.distributed_type not in SHARDED:  # type: ignore[attr-defined]
@@ -188,18 +192,22 @@ def _whole_state(accelerator: Any, model: Any) -> dict[str, torch.Tensor]:
     lm = accelerator.unwrap_model(model)
     once = dict(lm.named_parameters())
     tied = dict(lm.named_parameters(remove_duplicate=False)).keys() - once.keys()
-    if accelerator.distributed_type == DistributedType.FSDP:
+    fsdp, adapted = accelerator.distributed_type == DistributedType.FSDP, is_peft_model(lm)
+    if fsdp and not adapted:
         state = accelerator.get_state_dict(model)
         return {name: tensor for name, tensor in state.items() if name not in tied}
-    from deepspeed.utils import safe_get_full_fp32_param
-
     state = {name: tensor for name, tensor in lm.state_dict().items() if name not in once.keys() | tied}
     for name, parameter in once.items():
-        tensor: Any = safe_get_full_fp32_param(
-            parameter
-        )  # what the optimiser updates; the model's is rounded
+        if adapted and not parameter.requires_grad:
+            continue
+        if fsdp:
+            tensor: Any = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        else:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            tensor = safe_get_full_fp32_param(parameter)  # what the optimiser updates; the model's is rounded
         if accelerator.is_main_process:
-            state[name] = tensor.float().cpu()
+            state[name] = tensor.detach().float().cpu()
     return state
 
 
@@ -243,12 +251,18 @@ class PairTrainer(Exact, DPOTrainer):
     """
 
     def __init__(self, *args: Any, micro_batch_tokens: int, **kwargs: Any) -> None:
-        """`ref_model`: the live reference; without it batches bring their `reference` log-probabilities."""
+        """`ref_model`: the live reference; without it batches bring their `reference` log-probabilities.
+
+        Or, where adapters are trained, the reference is the same model without them.
+        """
         self.micro_batch_tokens = micro_batch_tokens
         self.num_chosen_tokens: Any = None  # of the global batch under way
         if kwargs.get("ref_model") is not None:
             add_scoring(kwargs["ref_model"])
         super().__init__(*args, **kwargs)
+        lm: Any = self.model
+        if "ref" in getattr(lm, "peft_config", {}):  # TRL's reference, a copy of the adapter
+            lm.delete_adapter("ref")
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
@@ -300,8 +314,9 @@ class PairTrainer(Exact, DPOTrainer):
         if "reference" in batch:
             reference_P2 = torch.tensor(batch["reference"], device=log_probs_P2.device).view(-1, 2)
         else:
-            with torch.no_grad():
-                reference_P2 = answer_log_probs(self.ref_model, batch)
+            lm = self.accelerator.unwrap_model(model) if self.ref_model is None else self.ref_model
+            with torch.no_grad(), adapters.off(lm):
+                reference_P2 = answer_log_probs(lm, batch)
         ratios_P2 = log_probs_P2 - reference_P2
         counts_P2 = torch.tensor(batch["num_trained"], device=ratios_P2.device).view(-1, 2)
         total = torch.zeros((), device=ratios_P2.device)

@@ -2,11 +2,13 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -14,7 +16,18 @@ from transformers.trainer_callback import PrinterCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
-from smol_post import batches, data, launch, manifest, model, proofs, reference, rehearsal, sequence
+from smol_post import (
+    adapters,
+    batches,
+    data,
+    launch,
+    manifest,
+    model,
+    proofs,
+    reference,
+    rehearsal,
+    sequence,
+)
 from smol_post.config import (
     ApoRecipe,
     BaseRecipe,
@@ -31,6 +44,8 @@ from smol_post.vocabulary import Vocabulary
 
 # TRL reads a property that transformers renames; nothing a user of a recipe could do about it.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+# peft means the copy of an adapter that TRL makes and we remove.
+warnings.filterwarnings("ignore", message=".*no tied modules were found.*", category=UserWarning)
 
 
 def accumulation_steps(recipe: Training, num_processes: int) -> int:
@@ -102,6 +117,7 @@ def train_on_packs(
     lm: PreTrainedModel,
     words: Vocabulary,
     *,
+    load: Callable[[], PreTrainedModel] | None = None,
     folder: Path,
     run_dir: Path,
     cache_dir: Path,
@@ -112,7 +128,8 @@ def train_on_packs(
 ) -> dict[str, Any]:
     """Sources -> packs -> trained checkpoint in `run_dir`; the outcome (data ledger and metrics).
 
-    `num_parts` processes share each sequence. Raises Refusal as `data.prepare` does.
+    `num_parts` processes share each sequence. `load`: where `lm` has adapters, what gives the model that they
+    are merged into. Raises Refusal as `data.prepare` does.
     """
     model.use_threads(recipe.num_threads)
     arguments = trainer_arguments(recipe, run_dir=run_dir, num_processes=num_processes // num_parts)
@@ -124,8 +141,8 @@ def train_on_packs(
     announce(describe(packs.ledger))
     trainer = pack_trainer(lm, words.tokenizer, packs.dataset, arguments=arguments, num_parts=num_parts)
     metrics = fit(
-        trainer, words.tokenizer, prepared=packs, recipe=recipe, run_dir=run_dir, only_verify=only_verify,
-        announce=announce,
+        trainer, words.tokenizer, load=load, prepared=packs, recipe=recipe, run_dir=run_dir,
+        only_verify=only_verify, announce=announce,
     )  # fmt: skip
     return {"data": packs.ledger, "metrics": metrics}
 
@@ -182,6 +199,7 @@ def train_on_pairs(
     live: PreTrainedModel | None,
     words: Vocabulary,
     *,
+    load: Callable[[], PreTrainedModel] | None = None,
     weights: str,
     folder: Path,
     run_dir: Path,
@@ -193,8 +211,8 @@ def train_on_pairs(
 ) -> dict[str, Any]:
     """Sources -> pairs -> trained checkpoint in `run_dir`; the outcome (data ledger and metrics).
 
-    `live` is the reference, if it is to stay in memory; else its log-probabilities come from the cache, under
-    `weights`, the digest of what `lm` was loaded from.
+    `live` is the reference, if it is to stay in memory beside `lm`; else it is cached, under `weights`, the
+    digest of what `lm` was loaded from, or `lm` without its adapters. `load`: as in `train_on_packs`.
     """
     if num_parts > 1:
         raise Refusal(
@@ -208,7 +226,7 @@ def train_on_pairs(
     trainer = pair_trainer(
         lm, live, words.tokenizer, pairs.dataset, micro_batch_tokens=micro_batch_tokens, arguments=arguments
     )
-    if live is None:
+    if recipe.reference == "cached":
         pairs = reference.with_reference(
             pairs,
             lm,
@@ -220,8 +238,8 @@ def train_on_pairs(
         )
         trainer.train_dataset = pairs.dataset
     metrics = fit(
-        trainer, words.tokenizer, prepared=pairs, recipe=recipe, run_dir=run_dir, only_verify=only_verify,
-        announce=announce,
+        trainer, words.tokenizer, load=load, prepared=pairs, recipe=recipe, run_dir=run_dir,
+        only_verify=only_verify, announce=announce,
     )  # fmt: skip
     return {"data": pairs.ledger, "metrics": metrics}
 
@@ -341,6 +359,7 @@ def fit(
     trainer: PackTrainer | PairTrainer,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    load: Callable[[], PreTrainedModel] | None = None,
     prepared: data.Prepared,
     recipe: Training,
     run_dir: Path,
@@ -350,11 +369,15 @@ def fit(
     """Train (from the last whole checkpoint, if any), save a plain checkpoint into `run_dir`, return metrics.
 
     `only_verify`: stop before step 1, when what the recipe's `verify` asks for is proved; {}.
+    Adapters are saved apart, and merged into what `load` gives.
     Raises Refusal where a proof fails or an unfinished run was made from other data, Failure where the loss
     is not finite or explodes, RuntimeError where a saved weight is not finite.
     """
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     shapes = {name: list(parameter.shape) for name, parameter in trained.named_parameters()}
+    if adapted := is_peft_model(trained):
+        adapters.check_engine(trainer.accelerator, trained)
+        announce(adapters.describe(trained))
     resumed = last_checkpoint(run_dir)
     if resumed:
         check_launch(resumed, trainer.accelerator, run_dir)
@@ -380,12 +403,17 @@ def fit(
     ids = prepared.dataset[0]["input_ids"][:PROBE_TOKENS]
     live = _loss_of(trainer.model_wrapped, ids, trainer.accelerator.device)
     rehearsal.shard(trained)
-    trainer.save_model(str(run_dir))
+    trainer.save_model(str(run_dir / adapters.ADAPTER if adapted else run_dir))
     if trainer.is_world_process_zero():
+        if adapted:
+            assert load
+            shapes = adapters.save_merged(load(), tokenizer, run_dir)
         (run_dir / "training_args.bin").unlink(missing_ok=True)
         tokenizer.save_pretrained(run_dir)
         model.check_saved(shapes, run_dir)
-        check_reloaded(run_dir, ids, live, rounded=trainer.accelerator.mixed_precision != "no")
+        block = getattr(recipe, "peft", None)
+        if not block or not block.load_in_4bit:  # else merged into what was not rounded
+            check_reloaded(run_dir, ids, live, rounded=trainer.accelerator.mixed_precision != "no")
         if not any((run_dir / manifest.CHECKPOINTS).glob("checkpoint-*")):
             note.unlink()
             note.parent.rmdir()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -300,3 +301,69 @@ def test_names_that_lead_nowhere_are_refused_before_anything_runs(
     path.write_text(text.replace(old, new, 1))
     assert commands.check([str(recipe_folder)]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+LORA = {"r": 16, "lora_alpha": 32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"peft": LORA | {"lora_dropot": 0.1}},
+            "peft.lora_dropot: unknown key; did you mean 'lora_dropout'?",
+        ),
+        ({"peft": LORA | {"bias": "all"}}, "peft.bias: unknown key"),
+        ({"peft": {"r": 0, "lora_alpha": 32}}, "peft.r: found 0 .int., wanted greater than 0"),
+        ({"peft": {"r": 16}}, "peft.lora_alpha: this key is missing"),
+        ({"peft": LORA | {"lora_dropout": 1.0}}, "peft.lora_dropout: found 1.0 .float., wanted less than 1"),
+        ({"peft": LORA | {"target_modules": []}}, "peft.target_modules"),
+        (
+            {"peft": LORA | {"load_in_4bit": "nf4"}},
+            "peft.load_in_4bit: found .nf4. .str., wanted a valid boolean",
+        ),
+        ({"peft": True}, "peft: found true"),
+    ],
+)
+def test_a_wrong_block_of_adapters_is_refused_by_key(
+    recipe_folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    assert re.match(message, refusal(recipe_folder, **changes))
+
+
+@pytest.mark.parametrize("stage", ["base", "long_context_1", "mid"])
+def test_a_stage_that_trains_all_weights_takes_no_adapters(recipe_folder: Path, stage: str) -> None:
+    edit(recipe_folder / f"{stage}.yaml", peft=LORA)
+    with pytest.raises(Refusal, match="peft: adapters are for SFT and APO only"):
+        loading.load_recipe(recipe_folder / f"{stage}.yaml")
+
+
+def test_dropout_that_the_preference_trainer_would_take_out_is_refused(recipe_folder: Path) -> None:
+    edit(recipe_folder / "apo.yaml", peft=LORA | {"lora_dropout": 0.1})
+    with pytest.raises(Refusal, match=r"peft.lora_dropout: found 0.1, but trainer.disable_dropout"):
+        loading.load_recipe(recipe_folder / "apo.yaml")
+    edit(recipe_folder / "apo.yaml", trainer__disable_dropout=False)
+    loading.load_recipe(recipe_folder / "apo.yaml")
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_four_bits_without_their_library_are_refused_with_its_extra(
+    recipe_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(recipe_folder / SFT, peft=LORA | {"load_in_4bit": True})
+    assert commands.check([str(recipe_folder)]) == 2
+    assert (
+        "peft.load_in_4bit: no bitsandbytes here; pip install 'smol_post[qlora]'" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("stage", ["sft", "apo"])
+def test_the_large_recipe_takes_adapters(repo: Path, stage: str) -> None:
+    path = repo / "recipes" / "smollm3" / f"{stage}.yaml"
+    block = "peft={r: 16, lora_alpha: 32, target_modules: [q_proj, v_proj], modules_to_save: [embed_tokens]}"
+    recipe: Any = make_plan(path, run_root=None, arguments=[block]).jobs[0].recipe
+    assert (recipe.peft.r, recipe.peft.use_dora, recipe.peft.target_modules) == (
+        16,
+        False,
+        ["q_proj", "v_proj"],
+    )

@@ -43,6 +43,7 @@ LAYERS = [
         "batches",
     },
     {
+        "adapters",
         "trainers",
         "reference",
         "training",

@@ -17,7 +17,19 @@ import pytest
 import torch
 from transformers import Trainer, set_seed
 
-from smol_post import attention, batches, config, data, losses, manifest, proofs, training, vocabulary
+from smol_post import (
+    adapters,
+    attention,
+    batches,
+    config,
+    data,
+    losses,
+    manifest,
+    proofs,
+    trainers,
+    training,
+    vocabulary,
+)
 from smol_post.refusal import Refusal
 
 Build = Callable[..., Any]
@@ -637,6 +649,69 @@ def test_a_resumed_run_on_pairs_has_left_its_reference(build: Build, tokenizer: 
     assert report["step"] == 1
     (one,) = [one for one in report["proofs"] if one["status"] == "not run"]
     assert (one["name"], one["reason"][:17]) == (REFERENCE.replace("_", " "), "step 1 is resumed")
+
+
+# --- Adapters ---------------------------------------------------------------------------------------------
+
+
+def adapted(build: Build, **block: Any) -> Any:
+    """A small model whose adapter trains rows of two tokens too, or modules_to_save."""
+    given = config.Peft(r=4, lora_alpha=8, **block)
+    return adapters.add_adapters(build(**SMALL), given, new_ids=[1, 2], seed=0)
+
+
+@pytest.mark.parametrize("block", [{}, {"modules_to_save": ["embed_tokens"]}, {"lora_dropout": 0.5}], ids=str)
+def test_a_sound_run_with_adapters_passes_every_proof(
+    prove: Any, build: Build, block: dict[str, Any]
+) -> None:
+    found = prove(lm=adapted(build, **block), verify="full", **DECAY)
+    assert of(found, "failed") == set()
+    assert of(found, "not run") == {REFERENCE}
+    rounded = {"bf16": True, "activation_checkpointing": True}
+    assert of(prove(lm=adapted(build, **block), trainer=rounded), "failed") == set()
+    block = {} if "lora_dropout" in block else block
+    assert of(prove("apo", lm=adapted(build, **block), verify="full"), "passed") == {
+        proof.__name__ for proof in proofs.PROOFS
+    }
+
+
+def test_an_adapter_that_is_not_silent_at_first_is_found(prove: Any, build: Build) -> None:
+    lm = adapted(build)
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            parameter += 0.1 * ("lora_B" in name)
+    assert of(prove("apo", lm=lm), "failed") == {REFERENCE}
+
+
+def test_rows_of_new_tokens_that_decay_are_found(
+    prove: Any, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        trainers.Exact,
+        "get_decay_parameter_names",
+        lambda self, model: [n for n, _ in model.named_parameters()],
+    )
+    assert of(prove(lm=adapted(build), **DECAY), "failed") == {DECAYED}
+
+
+@pytest.mark.parametrize("block", [{}, {"modules_to_save": ["embed_tokens"]}], ids=str)
+def test_a_head_that_is_trained_apart_from_its_tied_embedding_is_found(
+    prove: Any, build: Build, block: dict[str, Any]
+) -> None:
+    lm = adapted(build, **block)
+    head = lm.get_base_model().lm_head
+    part = head.modules_to_save if block else head.token_adapter.trainable_tokens_delta
+    part["default"] = copy.deepcopy(part["default"])
+    if not block:  # they share the whole dictionary
+        head.token_adapter.trainable_tokens_delta = copy.deepcopy(part)
+        lm.get_base_model().model.embed_tokens.token_adapter.trainable_tokens_delta = part
+    assert TIED in of(prove(lm=lm), "failed")
+
+
+def test_an_adapter_in_half_precision_is_found(prove: Any, build: Build) -> None:
+    lm = adapted(build)
+    lm.base_model.model.model.layers[0].mlp.up_proj.lora_A.bfloat16()
+    assert PRECISION in of(prove(lm=lm, trainer={"bf16": True}), "failed")
 
 
 def test_every_proof_has_a_planted_bug() -> None:
