@@ -106,7 +106,8 @@ def _in_shards(arguments: argparse.Namespace, ready: Ready) -> bool:
     try:
         from smol_post import data, shards
     except ModuleNotFoundError as error:
-        raise Refusal(f"--shards: {error.name} is not installed; pip install 'smol_post[scale]'") from None
+        missing = (error.name or "datatrove").split(".")[0]
+        raise Refusal(f"--shards: {missing} is not installed; pip install 'smol_post[scale]'") from None
     executor = shards.local(arguments.workers or 1)
     if arguments.executor == "slurm":
         if not arguments.partition:

@@ -72,10 +72,10 @@ def spans(source: Source, *, folder: Path, num_shards: int) -> list[Span]:
             files = _rows_of_files(source)
         number = sum(files) if files else _found(source, folder, None)[1]
     borders = [at * number // num_shards for at in range(num_shards + 1)]
-    return [
-        Span(start, stop, number, *(0, 0) if starts is None else starts[start].tolist(), files)
-        for start, stop in pairwise(borders)
-    ]
+    cut = [Span(start, stop, number, files=files) for start, stop in pairwise(borders)]
+    if starts is None:
+        return cut
+    return [one._replace(offset=int(starts[one.start, 0]), line=int(starts[one.start, 1])) for one in cut]
 
 
 def read_rows(source: Source, *, folder: Path, span: Span | None = None) -> Iterator[Raw]:
@@ -192,7 +192,7 @@ def _lines(path: Path, offset: int = 0, before: int = 0) -> Iterator[Raw]:
 
 
 def _line_starts(path: Path) -> np.ndarray:
-    """(num_rows + 1, 2): where each line that is not blank begins and how many stand before it; then the end."""
+    """(num_rows + 1, 2): where each line that is not blank begins, how many stand before it; then the end."""
     found, offset, number = array("q"), 0, 0
     with _opened(path) as stream:
         for number, line in enumerate(stream, 1):
