@@ -71,9 +71,9 @@ def test_a_run_prepared_in_shards_trains_the_same_weights(
 def test_a_killed_worker_ends_the_command_and_the_same_command_makes_the_rest(
     recipe_folder: Path, tmp_path: Path, environment: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sources = [{"name": "needles", "generator": "needles", "num_rows": 12000, "seed": 1}]
+    sources = [{"name": "needles", "generator": "needles", "num_rows": 4000, "seed": 1}]
     recipe = edited(recipe_folder / "base.yaml", sources=sources, max_tokens=512)
-    words = [str(recipe), "--run", "base", "--run-dir", str(tmp_path / "runs"), "--shards", "6"]
+    words = [str(recipe), "--run", "base", "--run-dir", str(tmp_path / "runs"), "--shards", "4"]
     process = subprocess.Popen([sys.executable, "-m", "smol_post", "prepare", *words], env=environment,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     whole: list[Path] = []
@@ -90,7 +90,7 @@ def test_a_killed_worker_ends_the_command_and_the_same_command_makes_the_rest(
     )
     assert "Traceback" not in error
     parts = sorted(path.parent for path in (tmp_path / "runs").glob("cache/shards/*/0*/whole.json"))
-    assert 0 < len(parts) < 6
+    assert 0 < len(parts) < 4
     written = {part.name: (part / "tokens.bin").stat() for part in parts}
     prepared(capsys, *words)
     (store,) = (tmp_path / "runs" / "cache" / "documents").glob("*/")
