@@ -153,7 +153,7 @@ def prepare(argv: list[str]) -> int:
         for option in ("workers", "shards", "memory"):
             number = getattr(arguments, option)
             if number is not None and not 1 <= number < 100_000:
-                raise Refusal(f"--{option}: found {number}, wanted 1 to 99,999")
+                raise Refusal(f"--{option}: found {number}, wanted at least 1 and less than 100,000")
         if arguments.executor == "slurm" and not arguments.shards:
             raise Refusal("--executor slurm: found no --shards; add --shards N, so many jobs a source")
         ready = _ready(arguments, pairs)
