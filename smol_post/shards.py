@@ -30,7 +30,7 @@ from smol_post.documents import exit_with_parent, folder_of, join, once
 from smol_post.refusal import Failure, Refusal
 from smol_post.sources import Span, spans
 
-# Makes the executor of a pipeline: (pipeline, number of tasks, folder of logs, name)
+# Makes the executor of a pipeline: (pipeline, number of tasks, folder of logs)
 MakeExecutor = Callable[..., LocalPipelineExecutor | SlurmPipelineExecutor]
 
 
@@ -83,7 +83,7 @@ class LocalExecutor(LocalPipelineExecutor):
 def local(num_workers: int) -> MakeExecutor:
     """Shards in processes of this machine; returns when they are done."""
 
-    def made(pipeline: list[PipelineStep], num_shards: int, folder: Path, name: str) -> LocalExecutor:
+    def made(pipeline: list[PipelineStep], num_shards: int, folder: Path) -> LocalExecutor:
         return LocalExecutor(pipeline, num_shards, num_workers, str(folder))  # pyright: ignore
 
     return made
@@ -94,7 +94,7 @@ def slurm(num_workers: int, *, partition: str, time: str, memory_gb: int) -> Mak
     if not shutil.which("sbatch"):
         raise Refusal("--executor slurm: no sbatch on PATH; give the command where jobs are submitted from")
 
-    def made(pipeline: list[PipelineStep], num_shards: int, folder: Path, name: str) -> SlurmPipelineExecutor:
+    def made(pipeline: list[PipelineStep], num_shards: int, folder: Path) -> SlurmPipelineExecutor:
         return SlurmPipelineExecutor(
             pipeline,  # pyright: ignore
             tasks=num_shards,
@@ -103,7 +103,7 @@ def slurm(num_workers: int, *, partition: str, time: str, memory_gb: int) -> Mak
             time=time,
             mem_per_cpu_gb=memory_gb,
             qos="",  # the partition's own
-            job_name=f"smol-post-{name}",
+            job_name=f"smol-post-{folder.name}",
             logging_dir=str(folder),
             env_command=f'export PATH="{Path(sys.executable).parent}:$PATH"',
         )
@@ -126,7 +126,7 @@ def prepare(task: Task, *, cache_dir: Path, num_shards: int, executor: MakeExecu
             for part in parts:  # datatrove believes what it has written, the truth is in the seals
                 if not (manifest.is_sealed(part) or _refusal(part).exists()):
                     (folder / "completions" / part.name).unlink(missing_ok=True)
-            executor([TokeniseShard(task, cut, folder)], num_shards, folder, task.source.name).run()
+            executor([TokeniseShard(task, cut, folder)], num_shards, folder).run()
             if not _whole(parts):
                 raise _Waiting
         join(task.source, parts, target)

@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from smol_post import manifest, preparation
+from smol_post import manifest, preparation, runner
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +43,7 @@ def stores(run_root: Path) -> dict[str, Any]:
 
 
 def test_a_run_prepared_in_shards_trains_the_same_weights(
-    recipe_folder: Path, tmp_path: Path, command: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+    recipe_folder: Path, tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two sources, one with bad rows and a part of it kept, by two processes."""
     rows = [{"text": f"row {number} " * (number % 7 + 3)} if number % 11 else {"text": 5}
@@ -60,8 +59,8 @@ def test_a_run_prepared_in_shards_trains_the_same_weights(
     assert json.loads(told)["num_skipped_rows"] > 0
     found = []
     for root in (tmp_path / "whole", tmp_path / "sharded"):
-        done = command("smol-post", "base", recipe_folder, "--run-dir", root)
-        assert done.returncode == 0, done.stderr
+        words = [str(recipe_folder), "--run-dir", str(root)]
+        assert runner.stage_command("base", words, program="smol-post base", separate=False) == 0
         found.append(manifest.read_manifest(root / "base")["files"]["model.safetensors"])
     assert found[0] == found[1]
     assert stores(tmp_path / "whole") == stores(tmp_path / "sharded")

@@ -42,7 +42,7 @@ def in_process(order: Callable[[list[int]], Sequence[int]] = list) -> shards.Mak
             for rank in order(self.get_incomplete_ranks()):
                 self._run_for_rank(rank, local_rank=1)
 
-    return lambda pipeline, number, folder, name: InProcess(pipeline, number, 1, str(folder))
+    return lambda pipeline, number, folder: InProcess(pipeline, number, 1, str(folder))
 
 
 @pytest.fixture
