@@ -11,7 +11,7 @@ STAGES := base long-context mid sft apo merge
 SYSTEM := $(shell uname -s)
 
 comma := ,
-EXTRAS := dev$(comma)eval$(if $(filter Linux,$(SYSTEM)),$(comma)deepspeed)
+EXTRAS := dev$(comma)eval$(if $(filter Linux,$(SYSTEM)),$(comma)deepspeed$(comma)scale)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup pipeline prepare $(STAGES) evals report check test bench reproduce format clean

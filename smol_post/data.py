@@ -11,7 +11,7 @@ trained.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
@@ -25,13 +25,14 @@ import pyarrow as pa
 
 from smol_post import manifest, mixture, packing
 from smol_post.config import COLUMNS, ApoRecipe, Source, Training
-from smol_post.documents import MODES, Encoder, Store, mapped, once, tokenise
+from smol_post.documents import MODES, Chain, Encoder, Store, laid_out, once, tokenise
 from smol_post.mixture import Pool
 from smol_post.refusal import Refusal
 from smol_post.sources import pin
 from smol_post.vocabulary import Vocabulary
 
 IGNORED = -100
+DOCUMENTS = "documents"  # of the cache
 # The source text of what makes tokens, and of what makes packs of them, is part of the address.
 _TOKEN_CODE = ("sources.py", "messages.py", "chat.py", "encoding.py", "documents.py", "synthetic.py")
 _PACK_CODE = ("mixture.py", "packing.py", "data.py")
@@ -62,6 +63,23 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Task:
+    """The tokenising of one source; `origin`: what its rows come from, see `pin`; `key`: its address."""
+
+    source: Source
+    encoder: Encoder
+    folder: Path
+    on_bad_rows: str
+    origin: Any
+    key: str
+
+    def writer(self, **how: Any) -> Callable[[Path], None]:
+        """What writes the documents into an empty folder; `how`: see `tokenise`."""
+        given = {"folder": self.folder, "on_bad_rows": self.on_bad_rows}
+        return lambda target: tokenise(self.source, self.encoder, target=target, **given, **how)
+
+
+@dataclass(frozen=True)
 class Tokens:
     """The tokens of several stores as one address space; opened when first read, pickled as paths."""
 
@@ -70,12 +88,11 @@ class Tokens:
     @classmethod
     def of(cls, stores: Sequence[Store]) -> "Tokens":
         """The tokens of these stores laid end to end."""
-        return cls(tuple(str(store.folder / "tokens.bin") for store in stores))
+        return cls(tuple(str(path) for store in stores for path in store.token_files))
 
     @cached_property
-    def _files(self) -> tuple[list[np.ndarray], np.ndarray]:
-        files = [mapped(Path(path), np.dtype(np.int32)) for path in self.paths]
-        return files, np.cumsum([0, *map(len, files)])
+    def _every(self) -> np.ndarray | Chain:
+        return laid_out([Path(path) for path in self.paths])
 
     def __getstate__(self) -> dict[str, Any]:
         """The paths alone: a transform is pickled to be fingerprinted, and sent to workers."""
@@ -83,10 +100,7 @@ class Tokens:
 
     def read(self, address: int, length: int) -> np.ndarray:
         """(length,) tokens from `address` on, those without loss as complements."""
-        files, bases = self._files
-        at = int(np.searchsorted(bases, address, side="right")) - 1 if len(files) > 1 else 0
-        begin = address - int(bases[at])
-        return files[at][begin : begin + length]
+        return self._every[address : address + length]
 
     def mask(self, address: int, length: int) -> np.ndarray:
         """(length,) whether each token from `address` on carries loss."""
@@ -136,14 +150,12 @@ def prepare(
     """
     started = time.monotonic()
     pairs = isinstance(recipe, ApoRecipe)
-    made = [
-        _documents(source, recipe, words, folder=folder, cache_dir=cache_dir, num_workers=num_workers)
-        for source in recipe.sources
-    ]
-    stores = [Store(path) for path, _ in made]
+    tasks = [task_of(source, recipe, words, folder=folder) for source in recipe.sources]
+    paths = [once(cache_dir / DOCUMENTS, task.key, task.writer(num_workers=num_workers)) for task in tasks]
+    stores = [Store(path) for path in paths]
     names = [source.name for source in recipe.sources]
     shape = {
-        "documents": [path.name for path, _ in made],
+        "documents": [path.name for path in paths],
         "sources": [[one.name, one.repeat, one.token_share] for one in recipe.sources],
         "max_tokens": recipe.max_tokens,
         "packing": "pairs" if pairs else getattr(recipe, "packing", "bfd"),
@@ -163,9 +175,7 @@ def prepare(
             raise Refusal(_empty(names, ledger))
         if not pairs:
             ledger["utilisation"] = round(ledger["num_tokens"] / (number * recipe.max_tokens), 4)
-        ledger["revisions"] = {
-            name: origin for name, (_, origin) in zip(names, made, strict=True) if origin is not None
-        }
+        ledger["revisions"] = {task.source.name: task.origin for task in tasks if task.origin is not None}
         datasets.Dataset(datasets.table.InMemoryTable(table)).save_to_disk(target)
         ledger["seconds"] = round(time.monotonic() - started, 2)
         manifest.write_json(target / "ledger.json", ledger)
@@ -186,16 +196,8 @@ def prepare(
     return Prepared(whole, ledger, path, stores, index, reader)
 
 
-def _documents(
-    source: Source,
-    recipe: Training,
-    words: Vocabulary,
-    *,
-    folder: Path,
-    cache_dir: Path,
-    num_workers: int,
-) -> tuple[Path, Any]:
-    """The tokenised documents of one source: where they lie, and what the rows come from."""
+def task_of(source: Source, recipe: Training, words: Vocabulary, *, folder: Path) -> Task:
+    """What is to be tokenised of one source of a recipe; Refusal where it is not there."""
     loss_on = getattr(recipe, "loss_on", "completion")
     encoder = Encoder(
         tokenizer=words.tokenizer,
@@ -225,12 +227,7 @@ def _documents(
             "code": _code(_TOKEN_CODE),
         }
     )
-
-    def build(target: Path) -> None:
-        tokenise(pinned, encoder, folder=folder, target=target, on_bad_rows=recipe.on_bad_rows,
-                 num_workers=num_workers)  # fmt: skip
-
-    return once(cache_dir / "documents", key, build), origin
+    return Task(pinned, encoder, folder, recipe.on_bad_rows, origin, key)
 
 
 def _code(names: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Rows of one source -> its tokenised documents on disk, written once, read by address.
 
     tokens.bin      int32, all documents end to end; a token without loss is stored as its complement ~id
+                    (of a source that was made in shards: tokens-00000.bin, tokens-00001.bin, ...)
     documents.bin   one record (RECORD) a document, in the order of the rows
     ledger.json     what was read, skipped and counted; written last
 
@@ -32,7 +33,7 @@ from smol_post import chat, manifest
 from smol_post.config import Source
 from smol_post.encoding import encode
 from smol_post.refusal import Refusal
-from smol_post.sources import Raw, parse_row, read_rows
+from smol_post.sources import Raw, Span, parse_row, read_rows
 
 MODES = ("text", "think", "no_think")
 RECORD = np.dtype(
@@ -241,9 +242,10 @@ class Store:
     """The documents of one source, memory-mapped: `tokens` (num_tokens,), `records` (num_documents,)."""
 
     def __init__(self, folder: Path) -> None:
-        """Open what `tokenise` wrote into `folder`."""
+        """Open what `tokenise` or `join` wrote into `folder`."""
         self.folder = folder
-        self.tokens = mapped(folder / "tokens.bin", np.dtype(np.int32))
+        self.token_files = sorted(folder.glob("tokens*.bin"))
+        self.tokens = laid_out(self.token_files)
         self.records = mapped(folder / "documents.bin", RECORD)
         self.ledger = json.loads((folder / "ledger.json").read_text())
 
@@ -251,6 +253,33 @@ class Store:
 def mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
     """A file as a read-only array; an empty one cannot be mapped."""
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+
+
+class Chain:
+    """Arrays end to end as one, without a copy; a slice lies within one of them, as a document does.
+
+    >>> Chain([np.array([5, 6]), np.array([], int), np.array([7, 8, 9])])[3:5].tolist()
+    [8, 9]
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        """In this order; empty ones are allowed."""
+        self._arrays, self._bases = arrays, np.cumsum([0, *map(len, arrays)])
+
+    def __len__(self) -> int:
+        """The number of values."""
+        return int(self._bases[-1])
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        """The values from `place.start` to `place.stop`."""
+        at = int(np.searchsorted(self._bases, place.start, side="right")) - 1
+        return self._arrays[at][place.start - self._bases[at] : place.stop - self._bases[at]]
+
+
+def laid_out(paths: Sequence[Path]) -> np.ndarray | Chain:
+    """The tokens of these files end to end."""
+    arrays = [mapped(path, np.dtype(np.int32)) for path in paths]
+    return arrays[0] if len(arrays) == 1 else Chain(arrays)
 
 
 def tokenise(
@@ -261,22 +290,24 @@ def tokenise(
     target: Path,
     on_bad_rows: str,
     num_workers: int = 1,
+    span: Span | None = None,
 ) -> None:
     """Write the documents of `source` into the empty folder `target`; rows are read from `folder`.
 
-    One process, or `num_workers` with the same result; at most a few batches of rows are in memory. Raises
-    Refusal with the row's number where a row is bad (on_bad_rows="refuse"; "skip" counts it instead), or the
+    One process, or `num_workers` with the same result; at most a few batches of rows are in memory. The rows
+    of a span make a part, for `join`; some masks of each part are derived a second way, too. Raises Refusal
+    with the row's number where a row is bad (on_bad_rows="refuse"; "skip" counts it instead), or the
     template's masks disagree.
     """
     started, num_rows, address = time.monotonic(), 0, 0
     skipped: Counter[str] = Counter()
     examples: dict[str, str] = {}
     where = source.path or source.generator
-    batches = _batches(read_rows(source, folder=folder))
+    batches = _batches(read_rows(source, folder=folder, span=span))
     bar = tqdm(
         total=100,
         desc=f"tokenise {source.name}",
-        disable=None,  # where no person watches
+        disable=True if span else None,  # None: where no person watches
         file=sys.stderr,
         bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining} {postfix}",
     )
@@ -307,17 +338,48 @@ def tokenise(
                 bar.update(100 * rows[-1].done - bar.n)
         except ValueError as error:
             raise Refusal(f"source '{source.name}': {where}: {error}; mend the chat template") from None
+    ledger = {"num_rows": num_rows, "skipped": dict(skipped), "skipped_examples": examples}
+    ledger["seconds"] = round(time.monotonic() - started, 2)
+    if not (address or span):
+        raise _nothing(source, ledger)
+    manifest.write_json(target / "ledger.json", ledger)
+
+
+def join(source: Source, parts: Sequence[Path], target: Path) -> None:
+    """Make the parts of a source one store in the empty folder `target`, tokens as they lie.
+
+    Records, numbers and examples are what `tokenise` would have written of the whole source. Raises Refusal
+    where there are no documents.
+    """
+    skipped: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    address, num_rows, seconds = 0, 0, 0.0
+    with (target / "documents.bin").open("wb") as records_file:
+        for at, store in enumerate(map(Store, parts)):
+            records = np.array(store.records)
+            records["address"] += address
+            records.tofile(records_file)
+            address += len(store.tokens)
+            num_rows += store.ledger["num_rows"]
+            seconds += store.ledger["seconds"]
+            skipped.update(store.ledger["skipped"])
+            examples = store.ledger["skipped_examples"] | examples
+            (tokens,) = store.token_files
+            try:
+                (target / f"tokens-{at:05d}.bin").hardlink_to(tokens)
+            except OSError:  # a file system without them
+                tokens.rename(target / f"tokens-{at:05d}.bin")
+    ledger = {"num_rows": num_rows, "skipped": dict(skipped), "skipped_examples": examples}
     if not address:
-        why = "; ".join(f"{number} skipped: {kind}" for kind, number in skipped.items()) or "it is empty"
-        raise Refusal(f"source '{source.name}': {where}: no rows to train on ({why}); mend or remove it")
-    manifest.write_json(
-        target / "ledger.json",
-        {
-            "num_rows": num_rows,
-            "skipped": dict(skipped),
-            "skipped_examples": examples,
-            "seconds": round(time.monotonic() - started, 2),
-        },
+        raise _nothing(source, ledger)
+    manifest.write_json(target / "ledger.json", ledger | {"seconds": round(seconds, 2)})
+
+
+def _nothing(source: Source, ledger: Mapping[str, Any]) -> Refusal:
+    where = source.path or source.generator
+    why = "; ".join(f"{number} skipped: {kind}" for kind, number in ledger["skipped"].items())
+    return Refusal(
+        f"source '{source.name}': {where}: no rows to train on ({why or 'it is empty'}); mend or remove it"
     )
 
 
@@ -371,9 +433,14 @@ def _start_worker(encoder: Encoder) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = encoder
+    exit_with_parent()
+
+
+def exit_with_parent() -> None:
+    """End this process when the one that started it is gone, killed or not."""
     parent = parent_process()
     assert parent is not None
-    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # none outlives a killed parent
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _work(rows: list[Raw], check: bool) -> Encoded:

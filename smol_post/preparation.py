@@ -1,6 +1,7 @@
 """`smol-post prepare` and `smol-post inspect`: a run's data made, counted and shown, without weights or GPUs.
 
     smol-post prepare recipes/tiny --workers 2
+    smol-post prepare recipes/tiny --shards 8 --workers 2
     smol-post inspect recipes/tiny/sft.yaml --rows 1 --mode think
 
 Both end in `data.prepare`, as training does, and leave its cache beside the runs. A run whose parents are not
@@ -19,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from smol_post import config, hub, manifest, runner
 from smol_post.plan import CACHE, Job, make_plan, say
-from smol_post.refusal import Refusal
+from smol_post.refusal import Failure, Refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from smol_post.data import Prepared
+    from smol_post.vocabulary import Vocabulary
 
 
 def parent_tokenizer(
@@ -58,11 +60,12 @@ def parent_tokenizer(
     return copy.deepcopy(known[parent.name])
 
 
-def _prepared(
-    arguments: argparse.Namespace, pairs: list[str], *, num_workers: int = 1, one: bool = False
-) -> Iterator[tuple[Job, "PreTrainedTokenizerBase", "Prepared"]]:
-    """Every run asked for that trains (or the only one), with its tokenizer and its data, one by one."""
-    from smol_post import data, vocabulary
+Ready = list[tuple[Job, "Vocabulary"]]
+
+
+def _ready(arguments: argparse.Namespace, pairs: list[str], *, one: bool = False) -> Ready:
+    """Every run asked for that trains (or the only one), with its vocabulary."""
+    from smol_post import vocabulary
 
     where = Path(arguments.recipe)
     root = Path(arguments.run_dir) if arguments.run_dir else None
@@ -74,36 +77,98 @@ def _prepared(
         names = ", ".join(job.name for job in jobs)
         raise Refusal(f"{where}: found the runs {names}; name one, --run {jobs[0].name}")
     known: dict[str, PreTrainedTokenizerBase] = {}
+    ready: Ready = []
     for job in jobs:
         assert isinstance(job.recipe, config.Training)
-        folder = job.recipe_file.parent
-        words = vocabulary.of_run(job.recipe, parent_tokenizer(job, plan.pipeline, known), folder=folder)
+        start = parent_tokenizer(job, plan.pipeline, known)
+        ready.append((job, vocabulary.of_run(job.recipe, start, folder=job.recipe_file.parent)))
+    return ready
+
+
+def _prepared(ready: Ready, *, num_workers: int = 1) -> Iterator[tuple[Job, "Vocabulary", "Prepared"]]:
+    """Each run with its data, one by one."""
+    from smol_post import data
+
+    for job, words in ready:
+        assert isinstance(job.recipe, config.Training)
         made = data.prepare(
             job.recipe,
             words,
-            folder=folder,
+            folder=job.recipe_file.parent,
             cache_dir=job.run_dir.parent / CACHE,
             num_workers=num_workers,
         )
-        yield job, words.tokenizer, made
+        yield job, words, made
+
+
+def _in_shards(arguments: argparse.Namespace, ready: Ready) -> bool:
+    """Tokenise the sources of all runs in shards; False where that was left to Slurm."""
+    try:
+        from smol_post import data, shards
+    except ModuleNotFoundError as error:
+        missing = (error.name or "datatrove").split(".")[0]
+        raise Refusal(f"--shards: {missing} is not installed; pip install 'smol_post[scale]'") from None
+    executor = shards.local(arguments.workers or 1)
+    if arguments.executor == "slurm":
+        if not arguments.partition:
+            raise Refusal("--executor slurm: no partition given; add --partition NAME, see sinfo")
+        executor = shards.slurm(arguments.workers or -1, partition=arguments.partition, time=arguments.time,
+                                memory_gb=arguments.memory)  # fmt: skip
+    waiting, seen = False, set()
+    for job, words in ready:
+        assert isinstance(job.recipe, config.Training)
+        for source in job.recipe.sources:
+            task = data.task_of(source, job.recipe, words, folder=job.recipe_file.parent)
+            where = job.run_dir.parent / CACHE
+            if task.key in seen or shards.prepare(
+                task, cache_dir=where, num_shards=arguments.shards, executor=executor
+            ):
+                continue
+            seen.add(task.key)
+            waiting = True
+            say(f"{job.name}: source '{source.name}': its shards are with Slurm, logs in {where / 'shards'}")
+    if waiting:
+        say("when these jobs are done, give the same command again: what is whole is kept, the rest is made")
+    return not waiting
 
 
 def prepare(argv: list[str]) -> int:
     """Prepare and cache the data of a recipe's runs, and print what is in it."""
     parser = runner.parser("smol-post prepare", stage="any")
     parser.add_argument("--json", action="store_true", help="one JSON object a run")
-    parser.add_argument("--workers", type=int, default=1, help="processes that tokenise (default: 1)")
+    parser.add_argument(
+        "--workers", type=int, help="processes that tokenise (default: 1; of Slurm, no limit)"
+    )
+    parser.add_argument(
+        "--shards", type=int, metavar="N", help="cut every source into N shards, by datatrove"
+    )
+    parser.add_argument("--executor", choices=["local", "slurm"], default="local", help="of shards")
+    parser.add_argument("--partition", help="of Slurm, for shards")
+    parser.add_argument("--time", default="24:00:00", help="limit of a shard under Slurm (default: 24:00:00)")
+    parser.add_argument(
+        "--memory", type=int, default=4, metavar="GB", help="of a shard under Slurm (default: 4)"
+    )
     try:
         arguments, pairs = _parse(parser, argv)
-        if arguments.workers < 1:
-            raise Refusal(f"--workers: found {arguments.workers}, wanted at least 1")
-        for job, _, made in _prepared(arguments, pairs, num_workers=arguments.workers):
+        for option in ("workers", "shards", "memory"):
+            number = getattr(arguments, option)
+            if number is not None and not 1 <= number < 100_000:
+                raise Refusal(f"--{option}: found {number}, wanted at least 1 and less than 100,000")
+        if arguments.executor == "slurm" and not arguments.shards:
+            raise Refusal("--executor slurm: found no --shards; add --shards N, so many jobs a source")
+        ready = _ready(arguments, pairs)
+        if arguments.shards and not _in_shards(arguments, ready):
+            return runner.EXIT_OK
+        for job, _, made in _prepared(ready, num_workers=arguments.workers or 1):
             whole = {"run": job.name, "stage": job.recipe.stage, **made.ledger, "path": str(made.path)}
             if arguments.json:
                 say(json.dumps(whole, ensure_ascii=False))
             else:
                 for line in _lines(whole):
                     say(line)
+    except Failure as failure:
+        say(f"failed: {failure}", error=True)
+        return runner.EXIT_FAILED
     except Refusal as refusal:
         return runner.refuse(refusal)
     return runner.EXIT_OK
@@ -122,13 +187,13 @@ def inspect(argv: list[str]) -> int:
         arguments, pairs = _parse(parser, argv)
         if arguments.rows < 1:
             raise Refusal(f"--rows: found {arguments.rows}, wanted at least 1")
-        ((job, tokenizer, prepared),) = _prepared(arguments, pairs, one=True)
+        ((job, words, prepared),) = _prepared(_ready(arguments, pairs, one=True))
         from smol_post import inspection
 
         rows = list(
             inspection.sample(
                 prepared,
-                tokenizer,
+                words.tokenizer,
                 num_rows=arguments.rows,
                 source=arguments.source,
                 mode=arguments.mode,

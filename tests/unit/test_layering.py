@@ -35,6 +35,7 @@ LAYERS = [
         "documents",
         "mixture",
         "data",
+        "shards",
         "inspection",
         "model",
         "attention",
@@ -62,8 +63,8 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 LIGHT = [name for name in MODULES if LEVEL.get(name) not in (2, 3)]
-HEAVY = {"accelerate", "datasets", "lm_eval", "matplotlib", "mergekit", "numpy", "peft", "pyarrow",
-         "safetensors", "tokenizers", "torch", "transformers", "trl"}  # fmt: skip
+HEAVY = {"accelerate", "datasets", "datatrove", "lm_eval", "matplotlib", "mergekit", "numpy", "peft",
+         "pyarrow", "safetensors", "tokenizers", "torch", "transformers", "trl"}  # fmt: skip
 
 
 def imports(name: str) -> Iterator[tuple[str, bool]]:

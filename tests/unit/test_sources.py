@@ -18,7 +18,7 @@ import pytest
 from smol_post import sources
 from smol_post.config import Source
 from smol_post.refusal import Refusal
-from smol_post.sources import parse_row, pin, read_rows
+from smol_post.sources import parse_row, pin, read_rows, spans
 
 Row = dict[str, Any]
 ROWS: list[Row] = [{"prompt": f"ä{number}\u2028\n", "completion": f"b{number}"} for number in range(1200)]
@@ -56,6 +56,107 @@ def read(folder: Path, path: str, **how: Any) -> list[tuple[int, Row]]:
 @pytest.mark.parametrize("path", FORMS)
 def test_every_form_of_a_source_gives_the_same_rows_and_numbers(folder: Path, path: str) -> None:
     assert read(folder, path) == list(enumerate(ROWS, 1))
+
+
+@pytest.mark.parametrize("path", FORMS)
+@pytest.mark.parametrize("number", [1, 3, 7, 1300])
+def test_the_spans_of_a_source_are_its_rows_in_order_whatever_their_number(
+    folder: Path, path: str, number: int
+) -> None:
+    for fraction in (1.0, 0.37):
+        source = Source(name="s", path=path, keep_fraction=fraction, seed=3)
+        cut = spans(source, folder=folder, num_shards=number)
+        assert [one.start for one in cut] == [at * len(ROWS) // number for at in range(number)]
+        read = [[(raw.number, raw.content) for raw in read_rows(source, folder=folder, span=one)]
+                for one in (cut if number < 10 else cut[::100])]  # fmt: skip
+        whole = [(raw.number, raw.content) for raw in read_rows(source, folder=folder)]
+        if number < 10:
+            assert [row for rows in read for row in rows] == whole
+        for one, rows in zip(cut if number < 10 else cut[::100], read, strict=True):
+            assert rows == [row for row in whole if one.start < row[0] <= one.stop]
+
+
+def test_the_rows_of_a_generator_are_cut_too(folder: Path) -> None:
+    source = Source(name="s", generator="needles", num_rows=10, seed=1)
+    cut = spans(source, folder=folder, num_shards=3)
+    read = [[raw[:2] for raw in read_rows(source, folder=folder, span=one)] for one in cut]
+    assert [len(rows) for rows in read] == [3, 3, 4]
+    assert [row for rows in read for row in rows] == [raw[:2] for raw in read_rows(source, folder=folder)]
+
+
+@pytest.mark.parametrize("group", [1, 7, 512, 700, 5000])
+def test_the_spans_of_a_parquet_file_need_not_end_where_its_row_groups_do(tmp_path: Path, group: int) -> None:
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet", batch_size=group)
+    assert pq.ParquetFile(tmp_path / "rows.parquet").num_row_groups == -(-len(ROWS) // group)
+    source = Source(name="s", path="rows.parquet")
+    for number in (1, 5, 11):
+        cut = spans(source, folder=tmp_path, num_shards=number)
+        read = [raw[:2] for one in cut for raw in read_rows(source, folder=tmp_path, span=one)]
+        assert read == list(enumerate(ROWS, 1))
+
+
+def test_the_lines_of_a_span_keep_their_numbers_among_blank_ones(tmp_path: Path) -> None:
+    lines = [b"", b'{"text": "a"}\r', b"  ", b'{"text": "\xc3\xa4"}', b"", b'{"text": "b"}', b""]
+    for name, text in (
+        ("rows.jsonl", b"\n".join(lines)),
+        ("rows.jsonl.gz", gzip.compress(b"\n".join(lines))),
+    ):
+        (tmp_path / name).write_bytes(text)
+        source = Source(name="s", path=name)
+        for number in (1, 2, 3, 5):
+            cut = spans(source, folder=tmp_path, num_shards=number)
+            read = [raw.number for one in cut for raw in read_rows(source, folder=tmp_path, span=one)]
+            assert read == [2, 4, 6]
+
+
+@pytest.fixture
+def hub_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set of three files that `datasets` finds under a Hub name, in the working directory."""
+    home = tmp_path / "home"
+    (home / "org" / "set" / "data").mkdir(parents=True)
+    for at, (first, end) in enumerate([(0, 100), (100, 101), (101, 1200)]):
+        part = datasets.Dataset.from_list(ROWS[first:end])
+        part.to_parquet(home / "org" / "set" / "data" / f"train-{at:05d}-of-00003.parquet", batch_size=250)
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+    return home / "org" / "set"
+
+
+def test_the_spans_of_a_hub_set_are_read_from_its_files_without_an_arrow_copy(
+    hub_set: Path, tmp_path: Path
+) -> None:
+    for changes in ({}, {"keep_fraction": 0.37, "seed": 3}, {"columns": {"text": "completion"}}):
+        source = Source(name="s", path="org/set", **changes)
+        read = [
+            [raw[:2] for one in spans(source, folder=tmp_path, num_shards=number)
+             for raw in read_rows(source, folder=tmp_path, span=one)]
+            for number in (1, 4, 13)
+        ]  # fmt: skip
+        assert not list(tmp_path.glob("arrow/**/*.arrow"))
+        whole = [raw[:2] for raw in read_rows(source, folder=tmp_path)]
+        assert read == [whole] * 3
+        assert len(whole) == round(1200 * changes.get("keep_fraction", 1))
+        assert list(tmp_path.glob("arrow/**/*.arrow"))
+        shutil.rmtree(tmp_path / "arrow")
+    assert spans(source, folder=tmp_path, num_shards=1)[0].files == (100, 1, 1099)
+
+
+def test_a_hub_set_that_is_no_parquet_or_a_slice_of_one_is_cut_as_well(hub_set: Path, tmp_path: Path) -> None:
+    sliced = Source(name="s", path="org/set", split="train[10:20]")
+    cut = spans(sliced, folder=tmp_path, num_shards=3)
+    assert [raw.content for one in cut for raw in read_rows(sliced, folder=tmp_path, span=one)] == ROWS[10:20]
+    shutil.rmtree(hub_set)
+    hub_set.mkdir()
+    (hub_set / "train.jsonl").write_bytes(as_lines(ROWS))
+    source = Source(name="s", path="org/set")
+    cut = spans(source, folder=tmp_path, num_shards=3)
+    assert [raw.content for one in cut for raw in read_rows(source, folder=tmp_path, span=one)] == ROWS
+
+
+def test_a_damaged_file_of_a_hub_set_is_refused_by_name(hub_set: Path, tmp_path: Path) -> None:
+    (hub_set / "data" / "train-00001-of-00003.parquet").write_bytes(b"PAR1 no longer")
+    with pytest.raises(Refusal, match=r"^source 's': org/set: could not be loaded \(.*network$"):
+        spans(Source(name="s", path="org/set"), folder=tmp_path, num_shards=2)
 
 
 def test_a_split_of_a_saved_set_is_read_alone(folder: Path) -> None:
