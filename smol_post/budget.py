@@ -48,7 +48,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What is paid for: the launch, memory of a device in bytes, operations a second that training reaches."""
+    """What is paid for: the launch, memory of a device in bytes, operations a second that it reaches."""
 
     launch: Launch
     room: float
@@ -112,7 +112,9 @@ def budget(arguments: argparse.Namespace) -> dict[str, Any]:
             data = _data(job, jobs.pipeline, known)
             pairs = isinstance(job.recipe, config.ApoRecipe) and job.recipe.reference == "cached"
             scored = json.dumps([job.parent_paths, str(job.recipe_file)]) if pairs else ""
-            runs.append(_run(job, job.recipe, shape, data, hardware, scores=bool(scored) and scored not in paid))
+            runs.append(
+                _run(job, job.recipe, shape, data, hardware, scores=bool(scored) and scored not in paid)
+            )
             paid.add(scored)
             number = data.tokens or 0.0
             stores[f"{job.recipe_file}"] = max(stores.get(f"{job.recipe_file}", 0.0), number)
@@ -193,7 +195,7 @@ def _data(job: Job, pipeline: list[Job], known: dict[str, Any]) -> Data:
 
 
 def stated(recipe: config.Training, *, why: str = "") -> Data:
-    """What the recipe says its sources hold: packs full, every document as long as a pack (the worst case)."""
+    """What the recipe says its sources hold: packs full, documents as long as a pack (the worst case)."""
     pairs = isinstance(recipe, config.ApoRecipe)
     shared = recipe.think_to_no_think is not None or any(one.token_share for one in recipe.sources)
     rows = [one.num_rows if one.generator else one.size and one.size.rows for one in recipe.sources]
@@ -215,7 +217,7 @@ def _run(
     job: Job, recipe: config.Training, shape: Shape, data: Data, hardware: Hardware, *, scores: bool
 ) -> dict[str, Any]:
     """One training run; `scores`: the reference's log-probabilities are computed for it."""
-    pairs, trainer, launch = isinstance(recipe, config.ApoRecipe), recipe.trainer, hardware.launch
+    pairs, launch = isinstance(recipe, config.ApoRecipe), hardware.launch
     size = recipe.global_batch_size
     per_epoch = data.packs // size if data.packs else None
     if per_epoch == 0:
@@ -227,7 +229,7 @@ def _run(
     if steps is None and per_epoch:
         steps = costs.num_steps(updates_per_epoch=per_epoch, num_steps=None, num_epochs=recipe.num_epochs)
     each = None  # tokens of a pack or pair
-    if data.tokens and data.packs:
+    if data.tokens and data.packs and (pairs or data.origin == "ledger"):
         each = data.tokens / data.packs
     elif not pairs:
         each = float(recipe.max_tokens)
@@ -247,7 +249,7 @@ def _run(
     kept = _num_kept(recipe, steps)
     found = {
         "name": job.name,
-        "stage": recipe.stage,
+        "stage": job.recipe.stage,
         "launch": launch.describe(),
         "data": data.origin,
         "tokens": None if data.tokens is None else round(data.tokens),
@@ -317,14 +319,14 @@ def _warnings(
         )
         yield (
             f"{what} not known: nothing is prepared and sizes are not stated; type smol-post prepare "
-            f"{job.recipe_file} --run-dir {job.run_dir.parent}, or state them (size: of each source, or "
-            "stated_tokens:)"
+            f"{job.recipe_file.parent} --run-dir {job.run_dir.parent}, or state them (size: of each source, "
+            "or stated_tokens:)"
         )
     elif found["device_hours"] is None:
         yield f"how many tokens its {unit} have is not stated, so hours are not known; add tokens to size:"
     steps = found["steps_per_epoch"]
     if recipe.num_epochs and steps and steps < FEW_UPDATES:
-        fewer = max(1, size * steps // FEW_UPDATES)
+        fewer = 2 ** int(math.log2(max(1, size * steps // FEW_UPDATES)))
         tokens = f" ({size * recipe.max_tokens:,} tokens)" if not pairs else ""
         yield (
             f"{steps:,} updates an epoch, {found['steps']:,} in all: a batch of {size} {unit}{tokens} leaves "
@@ -416,17 +418,16 @@ def _assumptions(peak: float, mfu: float, runs: list[dict[str, Any]]) -> Iterato
         "kernels and communication need (leave a tenth free)"
     )
     yield (
-        "runs without bf16, or a launch file with use_cpu: on a CPU, growth above start-up, with what glibc's "
-        "malloc keeps of freed gradients"
+        "runs without bf16, or a launch file with use_cpu: on a CPU, growth above start-up, with the least "
+        "that glibc's malloc keeps of freed memory; long packs under checkpointing measured 1.5 GiB more "
+        "(MALLOC_MMAP_THRESHOLD_=65536 in the environment returns it all)"
     )
     yield "inference: one sequence; scales of int8 and int4 not counted; their cache is bfloat16"
 
 
 def table(found: dict[str, Any]) -> Iterator[str]:
     """A budget for a person: runs, totals, inference, then what to look at."""
-    yield (
-        f"{found['recipe']}: {found['num_parameters']:,} parameters; tokens, packs and steps of an epoch, and in all"
-    )
+    yield (f"{found['recipe']}: {found['num_parameters']:,} parameters; an epoch, then all")
     yield ""
     yield (
         f"{'run':<18}{'from':>8}{'tokens':>9}{'packs':>11}{'an epoch':>10}{'steps':>9}{'tokens':>9}"
@@ -465,9 +466,12 @@ def table(found: dict[str, Any]) -> Iterator[str]:
         cells = [one["total_gib"] for one in found["inference"] if one["dtype"] == dtype]
         yield f"  {dtype:<14}" + "".join(f"{cell:>9,.2f}" for cell in cells)
     yield ""
+    said: dict[str, list[str]] = {}
     for one in found["runs"]:
         for text in one["warnings"]:
-            yield f"warning: {one['name']}: {text}"
+            said.setdefault(text, []).append(one["name"])
+    for text, names in said.items():
+        yield f"warning: {', '.join(names)}: {text}"
     for text in found["assumptions"]:
         yield f"assumed: {text}"
 
@@ -489,4 +493,10 @@ def _count(number: int | None) -> str:
 def _hours(number: float | None) -> str:
     if number is None:
         return "-"
-    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}" if number >= 0.1 or not number else f"{number:.1g}"
+    return (
+        f"{number:,.0f}"
+        if number >= 100
+        else f"{number:.1f}"
+        if number >= 0.1 or not number
+        else f"{number:.1g}"
+    )

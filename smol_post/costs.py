@@ -1,8 +1,8 @@
 """What training costs, by arithmetic: parameters, updates, operations, bytes. No torch; nothing is measured.
 
-Letters: P parameters, L layers, h hidden size, q = heads x head_dim, k = KV heads x head_dim, f FFN size, V
-vocabulary, T tokens of a micro-batch on one device, n devices, o bytes of optimiser state a parameter, c bytes
-of a number in the products (2 in bf16, 4 in float32).
+Letters: P parameters, L layers, h hidden size, q = heads x head_dim, k = KV heads x head_dim, f FFN size, T
+tokens of a micro-batch on one device, n devices, o bytes of optimiser state a parameter, c bytes of a number
+in the products (2 in bf16, 4 in float32).
 """
 
 import math
@@ -17,9 +17,9 @@ GIB = 2**30
 # Dense bf16 of an H100 SXM in TFLOP/s (NVIDIA's data sheet: 1,979 with sparsity), and our choice of the share
 # of it that training reaches, recomputation counted as work.
 PEAK_TFLOPS, MFU = 989.0, 0.40
-# Bytes a parameter of what the optimisers keep, by the names of `trainer.optim`: float32 moments, two of AdamW
-# (arXiv:1711.05101), one of Lion (arXiv:2302.06675), none of SGD without momentum; quantised ones a byte each,
-# their scales and whatever they leave in float32 not counted. AdaFactor keeps a row and a column of a matrix.
+# Bytes a parameter of what the optimisers keep, by the names of `trainer.optim`: float32 moments, two of
+# AdamW (arXiv:1711.05101), one of Lion (arXiv:2302.06675), none of SGD without momentum; quantised ones a
+# byte each, without scales and what they leave in float32. AdaFactor keeps a row and a column of a matrix.
 OPTIMIZER_BYTES = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "stable_adamw", "paged_adamw_32bit"), 8),
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit", "paged_adamw_8bit"), 2),
@@ -27,9 +27,9 @@ OPTIMIZER_BYTES = {
     **{"adamw_torch_4bit": 1, "lion_8bit": 1, "paged_lion_8bit": 1, "sgd": 0, "adafactor": 0},
 }
 ADAMW = "adamw_torch_fused"  # TRL's default
-# `losses.CHUNK_ELEMENTS` and `trainers.FEW_LOGITS`, which cannot be imported without torch; a test compares.
+# `losses.CHUNK_ELEMENTS` and `trainers.FEW_LOGITS`, which need torch to be imported; a test compares.
 CHUNK_ELEMENTS, FEW_LOGITS = 2**24, 2**20
-# DeepSpeed's defaults: elements of its buffer of gradients, and parameters of ZeRO-3 that are whole at a time.
+# DeepSpeed's defaults: elements of its buffer of gradients; parameters that ZeRO-3 keeps whole at a time.
 BUCKET, LIVE = 500_000_000, 1_000_000_000
 # Larger blocks glibc gives back to the system when they are freed, smaller ones it keeps (mallopt(3):
 # the dynamic threshold ends at 4 MiB x sizeof(long)).
@@ -300,7 +300,8 @@ def _kept_by_malloc(shape: Shape) -> float:
 
     They lie between the optimiser's moments, made right after them in the first step. Activations of the next
     step cut those holes up before its gradients want them, so these get new room; blocks above MMAP_BYTES
-    are returned and leave no hole. With MALLOC_MMAP_THRESHOLD_=65536 in the environment it vanishes.
+    are returned and leave no hole. With MALLOC_MMAP_THRESHOLD_=65536 in the environment it vanishes. This is
+    the least that is kept: holes of recomputed layers, cut up by gradients, came to 1.2 GiB more (LOG.md).
     """
     matrices = sum(4 * one for one in shape.matrices if 4 * one <= MMAP_BYTES)
     heads = 1 if shape.tie_word_embeddings else 2
@@ -309,7 +310,7 @@ def _kept_by_malloc(shape: Shape) -> float:
 
 
 def checkpoint_bytes(shape: Shape, *, optimizer: str, launch: Launch) -> float:
-    """A checkpoint on the way: float32 weights and the optimiser's state; engines write their own weights too."""
+    """A checkpoint on the way: float32 weights, the optimiser's state; engines add their own weights."""
     o = OPTIMIZER_BYTES.get(optimizer, OPTIMIZER_BYTES[ADAMW])
     return shape.num_parameters * (4.0 + o + (4.0 if launch.is_sharded else 0))
 
@@ -343,7 +344,11 @@ def what_fits(
         if (need := total(work, launch)) <= room:
             return [(words[0], need)]
     zero3 = Launch(kind="ZeRO-3", zero_stage=3)
-    for kind in (Launch(kind="FSDP2"), zero3, replace(zero3, offload_optimizer=True, offload_parameters=True)):
+    for kind in (
+        Launch(kind="FSDP2"),
+        zero3,
+        replace(zero3, offload_optimizer=True, offload_parameters=True),
+    ):
         offload = " with offload" * kind.offload_optimizer
         start = max(launch.num_processes, 1)
         for split in (1, 2, 4, 8) if splits and kind.zero_stage == 0 else (1,):

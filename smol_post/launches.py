@@ -1,4 +1,4 @@
-"""A launch file of accelerate, as far as it decides memory: how many processes, and what each of them holds."""
+"""A launch file of accelerate, as far as it decides memory: how many processes, and what each holds."""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _TYPES = {"NO": "one process", "MULTI_GPU": "DDP", "MULTI_CPU": "DDP", "FSDP": "
 
 @dataclass(frozen=True)
 class Launch:
-    """How a run is spread. sequence_split: over so many devices each sequence is split; cpu: no accelerator."""
+    """How a run is spread. sequence_split: devices over which each sequence is split; cpu: no accelerator."""
 
     kind: Kind = "one process"
     num_processes: int = 1

@@ -15,7 +15,20 @@ PACKAGE = Path(smol_post.__file__).parent
 STAGES = {"base", "long_context", "mid", "sft", "apo", "merge", "evals"}
 LAYERS = [
     {"__init__", "refusal", "trainer_block", "config", "loading", "manifest"},
-    {"plan", "runner", "chat", "messages", "encoding", "synthetic", "report", "points", "plots", "hub"},
+    {
+        "plan",
+        "runner",
+        "chat",
+        "messages",
+        "encoding",
+        "synthetic",
+        "report",
+        "points",
+        "plots",
+        "hub",
+        "launches",
+        "costs",
+    },
     {
         "packing",
         "vocabulary",
@@ -42,7 +55,7 @@ LAYERS = [
         "trl_fields",
     },
     STAGES | {"export"},
-    {"commands", "preparation", "verify"},
+    {"commands", "preparation", "verify", "budget"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
