@@ -76,11 +76,11 @@ def training_memory(
         promises={"predicted within 15 %": worst <= 0.15},
         repetitions=repetitions,
         compared=(
-            "peer is what `smol-post plan --json` says of the run (memory_gib.total, data prepared), ours "
-            "what the run needed: the last memory_bytes of its train_log.jsonl (ru_maxrss) less start_bytes, "
-            "what a process has resident that has imported all that the stage imports and loaded the tokenizer, "
-            "not the weights. Two steps, one process, two threads, float32, verify: " + verify + ". The "
-            "ratio is 15 % over the largest deviation."
+            "peer is what `smol-post plan --json` says of the run (memory_gib.total), ours what the run "
+            "needed: the last memory_bytes of its train_log.jsonl (ru_maxrss) less start_bytes, what a process "
+            "has resident that has imported all that the stage imports and loaded the tokenizer. Two steps, "
+            f"one process, two threads, float32, verify: {verify}. The ratio is 15 % over the largest "
+            "deviation."
         ),
         samples=samples,
         extra={"start_bytes": start, "errors": errors},
