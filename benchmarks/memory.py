@@ -105,7 +105,7 @@ def _recipe(
     """A pipeline of one run in `folder`."""
     folder.mkdir(parents=True)
     common = {"num_steps": 2, "num_threads": 2, "chat_template": "smol_post", "verify": verify}
-    trainer = {"learning_rate": 1.0e-5, "activation_checkpointing": checkpointed, "logging_steps": 1}
+    trainer = {"learning_rate": 0.001, "activation_checkpointing": checkpointed, "logging_steps": 1}
     source = {"name": "rows", "num_rows": max(300, num_tokens // 2), "seed": 1}
     if stage == "sft":
         sizes = {"max_tokens": num_tokens, "global_batch_size": 1}
