@@ -78,7 +78,7 @@ def training_memory(
         compared=(
             "peer is what `smol-post plan --json` says of the run (memory_gib.total), ours what the run "
             "needed: the last memory_bytes of its train_log.jsonl (ru_maxrss) less start_bytes, what a "
-            "process has resident that has imported what the stage imports and loaded the tokenizer. Two steps, "
+            "process has resident that has imported what the stage does and loaded the tokenizer. Two steps, "
             f"one process, two threads, float32, verify: {verify}. The ratio is 15 % over the largest "
             "deviation."
         ),
