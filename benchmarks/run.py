@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import smol_post
-from benchmarks import attention, loss, packing, preference, preparing, training
+from benchmarks import attention, loss, memory, packing, preference, preparing, training
 from benchmarks.measure import Result, apart
 
 BENCHMARKS: dict[str, Callable[..., Result]] = {
@@ -30,6 +30,7 @@ BENCHMARKS: dict[str, Callable[..., Result]] = {
     "attention": attention.attention,
     "sft_step": training.sft_step,
     "apo": preference.apo,
+    "training_memory": memory.training_memory,
 }
 RESULTS = Path(__file__).parent / "results"
 _SOURCES = {".py", ".jinja", ".json"}

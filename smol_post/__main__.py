@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "write report.html, report.md and metrics.json of a run folder",
     "compare": "print two runs side by side",
     "export": "write a variant of a checkpoint for inference at a longer context, by YaRN",
+    "plan": "what a pipeline will cost: updates, hours, memory, disk; no torch, nothing is run",
     "prepare": "tokenise and pack the data of a recipe's runs, and count it; no weights needed",
     "inspect": "show rows as the trainer gets them, token by token; no weights needed",
     "verify": "prove a run before step 1: masks, isolation, losses, precision, on its model and data",
@@ -82,6 +83,10 @@ def dispatch(command: str, rest: list[str]) -> int:
         from smol_post import export
 
         return export.export(rest)
+    if command == "plan":
+        from smol_post import budget
+
+        return budget.plan(rest)
     if command in ("prepare", "inspect"):
         from smol_post import preparation, runner
 

@@ -26,6 +26,19 @@ COLUMNS = (
 )
 
 
+class Size(Strict):
+    """What a source holds before `keep_fraction`, as published; it serves `smol-post plan` and no run."""
+
+    rows: int | None = Field(default=None, gt=0)
+    tokens: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Size":
+        if self.rows is None and self.tokens is None:
+            raise ValueError("give 'rows', 'tokens' or both")
+        return self
+
+
 class Source(Strict):
     """Where rows come from: a data set (`path`) or a generator of the package (`generator`).
 
@@ -50,6 +63,7 @@ class Source(Strict):
     token_share: float | None = Field(default=None, gt=0, le=1)
     repeat: int = Field(default=1, ge=1)
     loss_on: Literal["all", "completion"] | None = None
+    size: Size | None = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Source":
@@ -121,6 +135,7 @@ class Training(Made):
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
     max_row_characters: int = Field(default=10_000_000, gt=0)  # a longer row is a bad row
     verify: Literal["quick", "full", "off"] = "quick"  # what is proved before step 1
+    stated_tokens: int | None = Field(default=None, gt=0)  # of the whole mixture, once; for `plan` alone
     trainer: dict[str, Any] = {}
 
     @model_validator(mode="before")
@@ -544,10 +559,14 @@ class Entry(Strict):
 
 
 class Pipeline(Strict):
-    """Runs in order. A parent: `../run` of this pipeline, an absolute folder, or a Hub id `org/name@rev`."""
+    """Runs in order. A parent: `../run` of this pipeline, an absolute folder, or a Hub id `org/name@rev`.
+
+    architecture: keys of SmolLM3Config that its first parents have, for `plan` where none is at hand.
+    """
 
     runs: list[Entry] = Field(min_length=1)
     build_parents: bool = False
+    architecture: dict[str, Any] = {}
     evals: str | None = None
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import datasets.table
@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from smol_post import manifest, mixture, packing
 from smol_post.config import COLUMNS, ApoRecipe, Source, Training
-from smol_post.documents import MODES, Chain, Encoder, Store, laid_out, once, tokenise
+from smol_post.documents import MODES, Chain, Encoder, Store, folder_of, laid_out, once, tokenise
 from smol_post.mixture import Pool
 from smol_post.refusal import Refusal
 from smol_post.sources import pin
@@ -60,6 +60,19 @@ class Prepared:
         index = self.index.add_column(name, values.tolist())  # pyright: ignore[reportCallIssue]
         whole = index.select(range(len(self.dataset))).with_transform(self.reader)
         return replace(self, index=index, dataset=whole)
+
+
+class Found(NamedTuple):
+    """A data set that was prepared before: its ledger, packs (or pairs), tokens of the longest of them.
+
+    document_tokens: the length of the document that a token stands in, a mean over tokens (sum of l^2 / sum
+    of l), by which attention is paid for.
+    """
+
+    ledger: dict[str, Any]
+    num_packs: int
+    longest: int
+    document_tokens: float
 
 
 @dataclass(frozen=True)
@@ -154,17 +167,7 @@ def prepare(
     paths = [once(cache_dir / DOCUMENTS, task.key, task.writer(num_workers=num_workers)) for task in tasks]
     stores = [Store(path) for path in paths]
     names = [source.name for source in recipe.sources]
-    shape = {
-        "documents": [path.name for path in paths],
-        "sources": [[one.name, one.repeat, one.token_share] for one in recipe.sources],
-        "max_tokens": recipe.max_tokens,
-        "packing": "pairs" if pairs else getattr(recipe, "packing", "bfd"),
-        "overlong_rows": getattr(recipe, "overlong_rows", "drop"),
-        "think_to_no_think": recipe.think_to_no_think,
-        "seed": recipe.seed,
-        "code": _code(_PACK_CODE),
-    }
-    key = manifest.digest_tree(shape)
+    key = _pack_key(recipe, [path.name for path in paths])
     tokens = Tokens.of(stores)
 
     def build(target: Path) -> None:
@@ -196,6 +199,43 @@ def prepare(
     return Prepared(whole, ledger, path, stores, index, reader)
 
 
+def find(recipe: Training, words: Vocabulary, *, folder: Path, cache_dir: Path) -> Found | None:
+    """What `prepare` would find made already; None where it would have to make anything."""
+    tasks = [task_of(source, recipe, words, folder=folder) for source in recipe.sources]
+    names = [folder_of(Path(), task.key).name for task in tasks]
+    path = folder_of(cache_dir / "packs", _pack_key(recipe, names))
+    if not manifest.is_sealed(path):
+        return None
+    index = datasets.load_from_disk(path)
+    assert isinstance(index, datasets.Dataset)
+    longest, total, squares = 0, 0, 0
+    for batch in index.with_format("numpy").iter(2**16):
+        assert isinstance(batch, dict)
+        packs = np.array([sum(one) for one in batch["length"]])
+        documents = np.concatenate(list(batch["length"]))
+        if getattr(recipe, "packing", "bfd") == "wrapped_cross_document":
+            documents = packs
+        longest = max(longest, int(packs.max()))
+        total, squares = total + int(packs.sum()), squares + int((documents.astype(np.int64) ** 2).sum())
+    return Found(manifest.read_json(path / "ledger.json"), len(index), longest, squares / max(total, 1))
+
+
+def _pack_key(recipe: Training, documents: list[str]) -> str:
+    """What the packs of a recipe are addressed by; `documents`: the names of the stores of its sources."""
+    return manifest.digest_tree(
+        {
+            "documents": documents,
+            "sources": [[one.name, one.repeat, one.token_share] for one in recipe.sources],
+            "max_tokens": recipe.max_tokens,
+            "packing": "pairs" if isinstance(recipe, ApoRecipe) else getattr(recipe, "packing", "bfd"),
+            "overlong_rows": getattr(recipe, "overlong_rows", "drop"),
+            "think_to_no_think": recipe.think_to_no_think,
+            "seed": recipe.seed,
+            "code": _code(_PACK_CODE),
+        }
+    )
+
+
 def task_of(source: Source, recipe: Training, words: Vocabulary, *, folder: Path) -> Task:
     """What is to be tokenised of one source of a recipe; Refusal where it is not there."""
     loss_on = getattr(recipe, "loss_on", "completion")
@@ -212,7 +252,7 @@ def task_of(source: Source, recipe: Training, words: Vocabulary, *, folder: Path
     )
     pinned, origin = pin(source, folder)
     reading = pinned.model_dump(
-        exclude={"name", "path", "repeat", "token_share", "loss_on", "mode", "columns"}
+        exclude={"name", "path", "repeat", "token_share", "loss_on", "mode", "columns", "size"}
     )
     if source.path and source.keep_fraction == 1:
         del reading["seed"]  # nothing is drawn

@@ -35,6 +35,16 @@ def checkpoint(path: str, *, weights: bool = True, what: str = "parent") -> Path
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
 
 
+def cached_config(path: str) -> Path | None:
+    """The config.json of `org/name@revision` where it is cached; nothing is asked of the network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, _, revision = path.partition("@")
+    with refusing(f"parent {path}"):
+        found = try_to_load_from_cache(repository, "config.json", revision=revision or None)
+    return Path(found) if isinstance(found, str) else None
+
+
 def dataset_revision(path: str, *, revision: str | None, source: str) -> str:
     """The commit that a Hub data set stands at; the Hub is not asked about a whole commit hash."""
     from huggingface_hub import HfApi

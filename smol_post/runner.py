@@ -61,8 +61,13 @@ def fingerprint(job: Job, parents: list[Parent]) -> str:
 
 
 def _deciding(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without `verify` and `gates`: what is proved and demanded of a run does not change it."""
-    return {key: value for key, value in recipe.items() if key not in ("verify", "gates")}
+    """A recipe without what does not change its run: what is proved, demanded and stated of it."""
+    kept = {key: one for key, one in recipe.items() if key not in ("verify", "gates", "stated_tokens")}
+    if "sources" in kept:
+        kept["sources"] = [
+            {key: one for key, one in source.items() if key != "size"} for source in kept["sources"]
+        ]
+    return kept
 
 
 def _version() -> str:

@@ -27,6 +27,8 @@ LAYERS = [
         "points",
         "plots",
         "hub",
+        "launch_files",
+        "costs",
     },
     {
         "packing",
@@ -57,7 +59,7 @@ LAYERS = [
         "trl_fields",
     },
     STAGES | {"export"},
-    {"commands", "preparation", "verify"},
+    {"commands", "preparation", "verify", "budget"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
