@@ -276,7 +276,7 @@ def _work(recipe: config.Training, data: Data, launch: Launch) -> Work:
         limit = recipe.micro_batch_tokens or 2 * recipe.max_tokens
         tokens, accumulates = min(limit, mine * data.longest), mine > 1
     else:
-        micro = recipe.micro_batch_size if isinstance(recipe, config.Packed) else 1
+        micro = recipe.rows_at_once(mine) if isinstance(recipe, config.Packed) else 1
         tokens, accumulates = micro * min(data.longest, recipe.max_tokens), mine > micro
     return Work(
         tokens=tokens / launch.sequence_split,
@@ -310,7 +310,7 @@ def _warnings(
     found: dict[str, Any],
 ) -> Iterator[str]:
     launch, size, pairs = hardware.launch, recipe.global_batch_size, isinstance(recipe, config.ApoRecipe)
-    unit, micro = "pairs" if pairs else "packs", getattr(recipe, "micro_batch_size", 1)
+    unit = "pairs" if pairs else "packs"
     if data.why:
         yield data.why
     if data.origin == "unknown":
@@ -333,14 +333,12 @@ def _warnings(
             f"few; packing at an unchanged batch cost 12 points of IFEval (Smol Training Playbook); "
             f"global_batch_size={fewer} would make about {steps * size // fewer:,}"
         )
-    group = micro * launch.num_batches
+    group = launch.num_batches
     if size % group:
         low, high = size // group * group, -(-size // group) * group
         near = f"{low} or {high}" if low else f"{high}"
-        of = f"{micro} a micro-batch x " if micro > 1 else ""
         yield (
-            f"global_batch_size {size} does not divide by {of}{launch.num_batches} processes, so training "
-            f"refuses; take {near}"
+            f"global_batch_size {size} does not divide by {group} processes, so training refuses; take {near}"
         )
     total = found["memory_gib"]["total"] * GIB
     if total > hardware.room:

@@ -180,6 +180,10 @@ class Packed(Training):
     micro_batch_size: int = Field(default=1, gt=0)
     overlong_rows: Literal["drop", "truncate", "split"] = "drop"
 
+    def rows_at_once(self, share: int) -> int:
+        """Rows of a micro-batch where a process has `share` rows of a global batch: of 9, at most 4, 3."""
+        return max(one for one in range(1, self.micro_batch_size + 1) if share % one == 0)
+
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> "Packed":
         if self.global_batch_size % self.micro_batch_size:

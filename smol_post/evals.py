@@ -41,6 +41,7 @@ CODE = (
     "vocabulary.py",
     "model.py",
     "attention.py",
+    "sequence.py",
     "export.py",
     "harness.py",
 )

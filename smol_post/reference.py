@@ -29,7 +29,8 @@ Rounding = Literal["nothing", "products", "parameters"]
 FOLDER = "reference"
 _WINDOW_PAIRS = 64  # read at once, and cut into micro-batches
 
-_CODE = ("reference.py", "adapters.py", "trainers.py", "losses.py", "batches.py", "attention.py", "data.py",
+_CODE = ("reference.py", "adapters.py", "trainers.py", "losses.py", "batches.py", "attention.py",
+         "sequence.py", "data.py",
          "model.py")  # fmt: skip
 _FILE = "log_probs.npy"
 

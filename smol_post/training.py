@@ -62,11 +62,7 @@ def accumulation_steps(recipe: Training, num_processes: int) -> int:
         )
     if not isinstance(recipe, Packed):
         return 1
-    return next(
-        steps
-        for steps in range(1, share + 1)
-        if share % steps == 0 and share // steps <= recipe.micro_batch_size
-    )
+    return share // recipe.rows_at_once(share)
 
 
 def trainer_arguments(recipe: Training, *, run_dir: Path, num_processes: int) -> dict[str, Any]:

@@ -159,6 +159,7 @@ def train(build: Build, tokenizer: Any, tmp_path: Path) -> Callable[..., Path]:
         words = vocabulary.of_run(recipe, given_tokenizer, folder=tmp_path)
         lm = adapters.start(load, recipe, new_ids=[size] if new else [])
         place = {"folder": tmp_path, "run_dir": run_dir, "cache_dir": tmp_path / "cache", "num_processes": 1,
+                 "num_parts": 1,
                  "only_verify": False, "announce": str, "load": load}  # fmt: skip
         if stage == "apo":
             training.train_on_pairs(recipe, lm, None, words, weights="w", **place)

@@ -72,6 +72,7 @@ def prove(build: Build, tokenizer: Any, cache: Path, tmp_path: Path) -> Callable
         if stage == "apo" and where is cache:  # a reference under a planted bug is for its own test only
             where = tmp_path / "cache"
         place = {"folder": tmp_path, "run_dir": tmp_path, "cache_dir": where, "num_processes": 1,
+                 "num_parts": 1,
                  "only_verify": True, "announce": str}  # fmt: skip
         message = ""
         try:
@@ -609,6 +610,7 @@ def test_a_run_with_dropout_and_one_that_resumes_end_at_the_same_weights_whateve
             **given, sources=[TEXTS, CHATS], verify=level[:5].strip(", "), trainer=block
         )
         place = {"folder": tmp_path, "run_dir": run_dir, "cache_dir": cache, "num_processes": 1,
+                 "num_parts": 1,
                  "only_verify": False, "announce": str}  # fmt: skip
         if "resumed" in level:
             shutil.copytree(tmp_path / "full" / "checkpoints", run_dir / "checkpoints")
@@ -641,7 +643,7 @@ def test_a_resumed_run_on_pairs_has_left_its_reference(build: Build, tokenizer: 
         words = vocabulary.of_run(recipe, copy.deepcopy(tokenizer), folder=tmp_path)
         training.train_on_pairs(
             recipe, build(**SMALL), None, words, weights="w", folder=tmp_path, run_dir=tmp_path,
-            cache_dir=tmp_path / "cache", num_processes=1, only_verify=False, announce=str,
+            cache_dir=tmp_path / "cache", num_processes=1, num_parts=1, only_verify=False, announce=str,
         )  # fmt: skip
         if steps == 1:
             shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-2")
