@@ -3,6 +3,7 @@ RECIPE ?= recipes/tiny
 RUN ?= runs/$(notdir $(patsubst %/,%,$(RECIPE)))
 ARGS ?=
 LAUNCH ?=
+WORKERS ?= 2
 PYTHON ?= python3.11
 
 BIN := .venv/bin
@@ -19,7 +20,7 @@ EXTRAS := dev$(comma)eval$(if $(filter Linux,$(SYSTEM)),$(comma)deepspeed$(comma
 help:  ## list the targets
 	@grep -hE '^[a-z-]+( [a-z-]+)*:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo "long-context, mid, sft, apo, merge: one stage"
-	@echo "variables: RECIPE=$(RECIPE) RUN=$(RUN) ARGS=\"key=value ...\" LAUNCH=\"accelerate launch --config_file ...\""
+	@echo "variables: RECIPE=$(RECIPE) RUN=$(RUN) ARGS=\"key=value ...\" LAUNCH=\"accelerate launch --config_file ...\" WORKERS=$(WORKERS)"
 
 setup: $(READY)  ## make .venv with the tested versions
 $(READY): pyproject.toml constraints.txt
@@ -44,10 +45,10 @@ check: $(READY)  ## format, lint, types, unit and golden tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit tests/golden
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests/unit tests/golden
 
 test: $(READY)  ## every test, the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 bench: $(READY)  ## measure against the peers; benchmarks/results
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks.run $(ARGS)

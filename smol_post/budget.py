@@ -234,18 +234,20 @@ def _run(
     elif not pairs:
         each = float(recipe.max_tokens)
     seen = steps * size * each if steps and each else None
-    work = _work(recipe, data, launch)
+    work = _work(recipe, shape, data, launch)
     flops = None
     if seen is not None:
         of_document = {"document_tokens": data.document_tokens}
-        flops = seen * costs.flops_per_token(shape, **of_document, checkpointing=work.checkpointing)
+        flops = seen * costs.flops_per_token(
+            shape, **of_document, checkpointing=work.checkpointing, frozen=work.adapter is not None
+        )
         forward = costs.forward_flops_per_token(shape, **of_document)
         flops += forward * (seen if work.live_reference else (data.tokens or seen) if scores else 0)
     device_hours = None if flops is None else flops / hardware.flops / 3600
     hours = None if device_hours is None else device_hours / launch.num_processes
     parts, host = costs.memory(shape, work, launch)
     total = sum(parts.values())
-    saved = costs.checkpoint_bytes(shape, optimizer=work.optimizer, launch=launch)
+    saved = costs.checkpoint_bytes(shape, work, launch)
     kept = _num_kept(recipe, steps)
     found = {
         "name": job.name,
@@ -269,7 +271,7 @@ def _run(
     return found
 
 
-def _work(recipe: config.Training, data: Data, launch: Launch) -> Work:
+def _work(recipe: config.Training, shape: Shape, data: Data, launch: Launch) -> Work:
     """What a device has in memory at a time: packs of a micro-batch, or pairs of at most so many tokens."""
     trainer, mine = recipe.trainer, max(1, recipe.global_batch_size // max(1, launch.num_batches))
     if isinstance(recipe, config.ApoRecipe):
@@ -278,6 +280,10 @@ def _work(recipe: config.Training, data: Data, launch: Launch) -> Work:
     else:
         micro = recipe.rows_at_once(mine) if isinstance(recipe, config.Packed) else 1
         tokens, accumulates = micro * min(data.longest, recipe.max_tokens), mine > micro
+    block: config.Peft | None = getattr(recipe, "peft", None)
+    adapter = None if block is None else shape.adapter(block.r, block.target_modules)
+    if block and any("embed_tokens" in name for name in block.modules_to_save):
+        adapter = (adapter or 0) + shape.embedding
     return Work(
         tokens=tokens / launch.sequence_split,
         bf16=bool(trainer.get("bf16", False)),
@@ -285,6 +291,8 @@ def _work(recipe: config.Training, data: Data, launch: Launch) -> Work:
         accumulates=accumulates,
         optimizer=str(trainer.get("optim", costs.ADAMW)),
         live_reference=getattr(recipe, "reference", None) == "live",
+        adapter=adapter,
+        weight_bytes=0.52 if block and block.load_in_4bit else 4.0,  # QLoRA (arXiv:2305.14314), section 3
     )
 
 
@@ -357,7 +365,7 @@ def _warnings(
             "trainer.save_strategy, save_steps and save_total_limit: 2"
         )
     elif strategy != "no" and limit is None and (found["checkpoints"] or 3) > 2:
-        each = costs.checkpoint_bytes(shape, optimizer=work.optimizer, launch=launch) / GIB
+        each = costs.checkpoint_bytes(shape, work, launch) / GIB
         number = found["checkpoints"] or "all"
         yield f"keeps {number} checkpoints of {each:,.1f} GiB on the way; set trainer.save_total_limit: 2"
 
@@ -415,11 +423,7 @@ def _assumptions(peak: float, mfu: float, runs: list[dict[str, Any]]) -> Iterato
         "memory: a device at its worst moment, every token trained; not what the device's own allocator, "
         "kernels and communication need (leave a tenth free)"
     )
-    yield (
-        "runs without bf16, or a launch file with use_cpu: on a CPU, growth above start-up, with the least "
-        "that glibc's malloc keeps of freed memory; long packs under checkpointing measured 1.5 GiB more "
-        "(MALLOC_MMAP_THRESHOLD_=65536 in the environment returns it all)"
-    )
+    yield ("runs without bf16, or a launch file with use_cpu: on a CPU, growth above start-up (0.5 GiB)")
     yield "inference: one sequence; scales of int8 and int4 not counted; their cache is bfloat16"
 
 

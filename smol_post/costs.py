@@ -31,9 +31,6 @@ ADAMW = "adamw_torch_fused"  # TRL's default
 CHUNK_ELEMENTS, FEW_LOGITS = 2**24, 2**20
 # DeepSpeed's defaults: elements of its buffer of gradients; parameters that ZeRO-3 keeps whole at a time.
 BUCKET, LIVE = 500_000_000, 1_000_000_000
-# Larger blocks glibc gives back to the system when they are freed, smaller ones it keeps (mallopt(3):
-# the dynamic threshold ends at 4 MiB x sizeof(long)).
-MMAP_BYTES = 2**25
 # The keys of SmolLM3Config that decide sizes, with its defaults; those of Llama and its kin are alike.
 _SMOLLM3 = {
     "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
@@ -113,6 +110,14 @@ class Shape:
         h, q, k, f = self.hidden_size, self.q, self.k, self.intermediate_size
         return [h * q, h * k, h * k, q * h, h * f, h * f, f * h]
 
+    def adapter(self, r: int, names: list[str] | str) -> int:
+        """Parameters of LoRA's two matrices of rank r at the named matrices of every layer, or at all."""
+        h, q, k, f = self.hidden_size, self.q, self.k, self.intermediate_size
+        ends = {"q_proj": h + q, "k_proj": h + k, "v_proj": h + k, "o_proj": q + h}
+        ends |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), h + f)
+        every = isinstance(names, str)
+        return self.num_hidden_layers * r * sum(ends[one] for one in ends if every or one in names)
+
     @property
     def layer(self) -> int:
         """Parameters of a layer: matrices, two norms, biases."""
@@ -144,15 +149,19 @@ def num_steps(*, updates_per_epoch: int, num_steps: int | None, num_epochs: floa
     return num_steps or math.ceil((num_epochs or 0) * updates_per_epoch)
 
 
-def flops_per_token(shape: Shape, *, document_tokens: float, checkpointing: bool) -> float:
+def flops_per_token(
+    shape: Shape, *, document_tokens: float, checkpointing: bool, frozen: bool = False
+) -> float:
     """Operations of forward and backward a token, causal attention included.
 
     6 a parameter of a matrix, 6 L q a token of the document: a query meets half of its document on average,
     keys and then values, 2 operations each, three times with the backward pass (PaLM, arXiv:2204.02311,
-    appendix B, halved for causality). Checkpointing makes one forward pass more: 4/3.
+    appendix B, halved for causality). Checkpointing makes one forward pass more, 2 a parameter and 2 of the
+    attention. `frozen`: no gradients of weights, 2 a parameter less; an adapter's own are not counted.
     """
     attention = shape.num_hidden_layers * shape.q * document_tokens
-    return 6 * (shape.matmul_parameters + attention) * (4 / 3 if checkpointing else 1)
+    again = 2 if checkpointing else 0
+    return (6 + again) * (shape.matmul_parameters + attention) - 2 * frozen * shape.matmul_parameters
 
 
 def forward_flops_per_token(shape: Shape, *, document_tokens: float) -> float:
@@ -170,6 +179,8 @@ class Work:
     accumulates: bool
     optimizer: str
     live_reference: bool = False
+    adapter: int | None = None  # parameters of an adapter, which alone is trained
+    weight_bytes: float = 4.0
 
 
 def layer_bytes_per_token(shape: Shape, *, bf16: bool, sharded: bool) -> int:
@@ -225,6 +236,21 @@ def memory(shape: Shape, work: Work, launch: Launch) -> tuple[dict[str, float], 
     P, n, T = shape.num_parameters, launch.num_processes, work.tokens
     o, c = OPTIMIZER_BYTES.get(work.optimizer, OPTIMIZER_BYTES[ADAMW]), 2 if work.bf16 else 4
     layers, zero, sharded = shape.num_hidden_layers, launch.zero_stage, launch.is_sharded
+    if work.adapter is not None:  # counted whole on every device, the frozen weights as float32 or NF4
+        A = float(work.adapter)
+        held = {
+            "weights": (c if zero else work.weight_bytes) * P + 4 * A,
+            "gradients": 4 * A,
+            "optimizer": o * A,
+        }
+        held["weights"] /= n if launch.kind == "FSDP2" else 1
+        each = layer_bytes_per_token(shape, bf16=work.bf16, sharded=sharded) * T
+        kept = (c if sharded else 4) * shape.hidden_size * T if work.checkpointing else each
+        gathered = 2.0 * c * shape.layer + c * shape.embedding if launch.kind == "FSDP2" else 0.0
+        activations = layers * kept + (each if work.checkpointing else 0) + 12 * shape.hidden_size * T
+        logits = logits_bytes(shape, T, c=c) - 4 * shape.embedding  # whose gradient is not wanted
+        parts = {"activations": activations, "logits": logits, "working": gathered, "reference": 0.0}
+        return held | parts, {}
     held = {"weights": 4.0 * P, "gradients": 4.0 * P, "optimizer": 1.0 * o * P}
     extra = 0.0  # whole layers, buffers
     if launch.kind == "FSDP2":
@@ -279,8 +305,6 @@ def memory(shape: Shape, work: Work, launch: Launch) -> tuple[dict[str, float], 
             "working": (extra if launch.kind in ("DDP", "FSDP2") else 0.0) + (4.0 * P / n if zero else 0),
         },
     ]
-    if launch.cpu:
-        moments = [{**one, "allocator": _kept_by_malloc(shape)} for one in moments]
     host = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}
     for one in moments:
         if launch.offload_optimizer:
@@ -295,24 +319,11 @@ def memory(shape: Shape, work: Work, launch: Launch) -> tuple[dict[str, float], 
     return max(moments, key=lambda one: sum(one.values())), host
 
 
-def _kept_by_malloc(shape: Shape) -> float:
-    """Of a process on a CPU: the room of a step's gradients, which glibc keeps when they are freed.
-
-    They lie between the optimiser's moments, made right after them in the first step. Activations of the next
-    step cut those holes up before its gradients want them, so these get new room; blocks above MMAP_BYTES
-    are returned and leave no hole. With MALLOC_MMAP_THRESHOLD_=65536 in the environment it vanishes. This is
-    the least that is kept: holes of recomputed layers, cut up by gradients, came to 1.2 GiB more (LOG.md).
-    """
-    matrices = sum(4 * one for one in shape.matrices if 4 * one <= MMAP_BYTES)
-    heads = 1 if shape.tie_word_embeddings else 2
-    embeddings = 4 * shape.embedding * heads if 4 * shape.embedding <= MMAP_BYTES else 0
-    return float(shape.num_hidden_layers * matrices + embeddings)
-
-
-def checkpoint_bytes(shape: Shape, *, optimizer: str, launch: Launch) -> float:
-    """A checkpoint on the way: float32 weights, the optimiser's state; engines add their own weights."""
-    o = OPTIMIZER_BYTES.get(optimizer, OPTIMIZER_BYTES[ADAMW])
-    return shape.num_parameters * (4.0 + o + (4.0 if launch.is_sharded else 0))
+def checkpoint_bytes(shape: Shape, work: Work, launch: Launch) -> float:
+    """A checkpoint on the way: what is trained in float32, the optimiser's state; engines add their own."""
+    o = OPTIMIZER_BYTES.get(work.optimizer, OPTIMIZER_BYTES[ADAMW])
+    trained = shape.num_parameters if work.adapter is None else work.adapter
+    return trained * (4.0 + o + (4.0 if launch.is_sharded else 0))
 
 
 def inference_bytes(shape: Shape, *, dtype: str, context: int) -> tuple[float, float]:

@@ -5,6 +5,7 @@ checked on the live model: editing `model.config` afterwards would train with th
 one.
 """
 
+import ctypes
 import json
 import math
 import os
@@ -36,6 +37,20 @@ def use_threads(number: int | None) -> None:
     """CPU threads of this process; with one, small models are fast and sums come out alike everywhere."""
     if number is not None:
         torch.set_num_threads(number)
+
+
+def return_freed_memory(lm: torch.nn.Module) -> None:
+    """Let a process on a Linux CPU give large blocks back when they are freed, if the model is not tiny.
+
+    glibc keeps blocks of up to 32 MiB, cut up by what is allocated in between: 135M parameters at 4,096
+    tokens with checkpointing took twice what was in use (5.2 GB, not 2.4). Each block from 1 MiB on is mapped
+    by itself instead, which costs time; a model below 64 MiB (our choice) has little to give back.
+    """
+    weights = list(lm.parameters())
+    if any(one.device.type != "cpu" for one in weights) or sum(one.nbytes for one in weights) < 2**26:
+        return
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 def load_model(

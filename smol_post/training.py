@@ -384,6 +384,7 @@ def fit(
     if trainer.is_world_process_zero():
         note.parent.mkdir(parents=True, exist_ok=True)
         manifest.write_json(note, {"fingerprint": ledger["fingerprint"]})
+    model.return_freed_memory(trained)
     room = recipe.global_batch_size * recipe.max_tokens if isinstance(recipe, Packed) else None
     place: dict[str, Any] = {"prepared": prepared, "run_dir": run_dir, "announce": announce}
     instruments = Instruments(trainer, room_tokens=room, **place)

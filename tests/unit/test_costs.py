@@ -461,3 +461,26 @@ def test_inference_takes_weights_and_the_keys_and_values_of_grouped_heads() -> N
     weights, cache = costs.inference_bytes(SMOLLM3, dtype="bfloat16", context=131072)
     assert weights == 2 * 3_075_098_624
     assert cache == 2 * 36 * 4 * 128 * 2 * 131072
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_an_adapter_is_counted_as_peft_counts_it(build: Callable[..., Any], targets: list[str] | str) -> None:
+    from smol_post import adapters
+
+    lm = build()
+    shape = Shape.of(lm.config.to_dict(), where="here")
+    block = config.Peft(r=3, lora_alpha=6, target_modules=targets)
+    trained, _ = adapters.add_adapters(lm, block, new_ids=[], seed=0).get_nb_trainable_parameters()  # type: ignore[operator]
+    assert shape.adapter(3, targets) == trained
+
+
+def test_only_an_adapter_has_gradients_and_moments(
+    folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = by_name(planned(capsys, folder(), "--devices", "1"))["sft"]
+    lora = by_name(planned(capsys, folder(peft={"r": 16, "lora_alpha": 32}), "--devices", "1"))["sft"]
+    trained = SMOLLM3.adapter(16, "all-linear")
+    assert lora["memory_gib"]["optimizer"] == pytest.approx(8 * trained / GIB, abs=1e-3)
+    assert lora["memory_gib"]["gradients"] == pytest.approx(4 * trained / GIB, abs=1e-3)
+    assert lora["memory_gib"]["total"] < full["memory_gib"]["total"] / 2
+    assert lora["device_hours"] < full["device_hours"]
