@@ -6,8 +6,8 @@ each begins:
     tokens        a b c | d e          queries of d, e see keys d, e only
     position_ids  0 1 2   0 1          cu_seq_lens_q  0 3 5
 
-On a CPU each document is one causal scaled-dot-product call; on CUDA the whole pack is one call of
-`torch.nn.attention.varlen.varlen_attn` (half precision; not exercised by the tests, which have no GPU).
+Each document is one causal scaled-dot-product call; on CUDA in half precision the whole pack is one call of
+`torch.nn.attention.varlen.varlen_attn` (not exercised by the tests, which have no GPU).
 Batches that carry no packing information (generation) take transformers' ordinary SDPA path.
 Where a row is split over processes (`sequence`), each attends with some heads over the whole row.
 Registered as "varlen".
@@ -61,6 +61,12 @@ def varlen_attention_forward(
     Raises ValueError where packing information meets a batch above 1 or a mask: either would let documents
     see each other.
     """
+    device = query_BHLD.device.type
+    if device != "cpu":
+        # RoPE in float32 leaves queries and keys wider than values under autocast, and no kernel takes both
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else value_BKLD.dtype
+        query_BHLD, key_BKLD, value_BKLD = (one.to(dtype) for one in (query_BHLD, key_BKLD, value_BKLD))
     if split is not None:
         query, key, value = (sequence.to_heads(one, split) for one in (query_BHLD, key_BKLD, value_BKLD))
         output, _ = varlen_attention_forward(
@@ -85,10 +91,10 @@ def varlen_attention_forward(
             )
         max_length_q = max(lengths)
     else:
-        lengths = cu_seq_lens_q.diff().tolist() if query_BHLD.device.type == "cpu" else []
+        lengths = cu_seq_lens_q.diff().tolist() if not _has_kernel(query_BHLD) else []
     if query_BHLD.shape[0] != 1 or attention_mask is not None:
         raise ValueError("packed documents want one row a batch and no attention mask; flatten the batch")
-    if query_BHLD.device.type != "cpu":
+    if _has_kernel(query_BHLD):
         if cu_seq_lens_q is None:
             edges = torch.tensor([0, *lengths], device=query_BHLD.device)
             cu_seq_lens_q = edges.cumsum(0, dtype=torch.int32)
@@ -103,6 +109,11 @@ def varlen_attention_forward(
         for q, k, v in zip(*parts, strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _has_kernel(query: torch.Tensor) -> bool:
+    """Whether `varlen_attn` takes it: on CUDA, in half precision; else documents are attended one by one."""
+    return query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
 
 
 def _varlen_cuda(

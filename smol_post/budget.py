@@ -345,8 +345,12 @@ def _warnings(
     if size % group:
         low, high = size // group * group, -(-size // group) * group
         near = f"{low} or {high}" if low else f"{high}"
+        some = [one for one in range(1, size + 1) if size % one == 0]
+        fewer = max(one for one in some if one < group)
+        more = "".join(f" or {one}" for one in [one for one in some if one > group][:1])
         yield (
-            f"global_batch_size {size} does not divide by {group} processes, so training refuses; take {near}"
+            f"global_batch_size {size} does not divide by {group} processes, so training refuses; take "
+            f"{near}, or {fewer}{more} processes"
         )
     total = found["memory_gib"]["total"] * GIB
     if total > hardware.room:

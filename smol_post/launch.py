@@ -1,6 +1,6 @@
 """What a launcher says of this process: which of how many it is, over how many each sequence is split.
 
-    accelerate launch --config_file recipes/accelerate/fsdp2_sp.yaml smol_post/long_context.py --config R
+    accelerate launch --config_file recipes/accelerate/fsdp2_cp.yaml smol_post/long_context.py --config R
       RANK 3, WORLD_SIZE 8, PARALLELISM_CONFIG_SP_SIZE 4   ->   part 3 of 4 of the first of 2 batches
 
 The launch file holds the hardware, the recipe the science: nothing here changes what is trained.
@@ -50,7 +50,8 @@ def take_over() -> None:
     of several.
     """
     environ = os.environ
-    if "MASTER_ADDR" in environ and "ACCELERATE_USE_CPU" in environ and "WORLD_SIZE" not in environ:
+    on_cpu = environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if on_cpu and "MASTER_ADDR" in environ and "WORLD_SIZE" not in environ:
         raise Refusal(
             "the launch asks for several processes, and accelerate starts one (use_cpu, --cpu); launch with "
             "--config_file recipes/accelerate/cpu.yaml --num_processes N"

@@ -1,7 +1,7 @@
 """A launch file of accelerate, as far as it decides memory: how many processes, and what each holds."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,9 +120,7 @@ def read_launch(path: Path, *, num_processes: int | None = None) -> Launch:
             offload_parameters=parameters in ("cpu", "nvme") and stage == 3,
             cpu=cpu,
         )
-    if split > 1:
-        raise Refusal(f"{path}: parallelism_config_sp_size: found {split} under {kind}, wanted FSDP")
-    return plain(number, cpu=cpu)
+    return replace(plain(number, cpu=cpu), sequence_split=split)
 
 
 def _mapping(path: Path, tree: dict[str, Any], key: str) -> dict[str, Any]:

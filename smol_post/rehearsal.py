@@ -79,6 +79,12 @@ def shard(model: torch.nn.Module) -> None:
             module.reshard()
 
 
+def rounded(accelerator: Any) -> bool:
+    """Whether products are taken to fewer bits than float32 has: under autocast, or as TF32."""
+    tf32 = torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
+    return tf32 or accelerator.mixed_precision != "no"
+
+
 class Found(NamedTuple):
     """What a proof found and wanted, whether that is good enough, and if not, whether others would crash."""
 
@@ -119,8 +125,7 @@ class Rehearsal:
         self.size = trainer.args.per_device_train_batch_size  # of pairs: this process's part of the batch
         self.isolated = getattr(recipe, "packing", "bfd") != "wrapped_cross_document"
         self.zero = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        tf32 = torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
-        self.rounded = tf32 or self.accelerator.mixed_precision != "no"  # products to fewer bits than float32
+        self.rounded = rounded(self.accelerator)
         self.trl_loss = not self.pairs and trainer.trl_loss
         self.loader = trainer.get_train_dataloader()
         self.pool = Pool.of(prepared.stores)

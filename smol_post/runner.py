@@ -425,6 +425,10 @@ def leave(code: int) -> NoReturn:
     distributed = torch.distributed if (torch := sys.modules.get("torch")) else None
     if not (distributed and distributed.is_available() and distributed.is_initialized()):
         sys.exit(code)
+    if code:  # the others may be waiting for this one, which must not wait for them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     distributed.destroy_process_group()
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -384,7 +384,8 @@ def fit(
     if trainer.is_world_process_zero():
         note.parent.mkdir(parents=True, exist_ok=True)
         manifest.write_json(note, {"fingerprint": ledger["fingerprint"]})
-    model.return_freed_memory(trained)
+    if trainer.accelerator.device.type == "cpu":
+        model.return_freed_memory(trained)
     room = recipe.global_batch_size * recipe.max_tokens if isinstance(recipe, Packed) else None
     place: dict[str, Any] = {"prepared": prepared, "run_dir": run_dir, "announce": announce}
     instruments = Instruments(trainer, room_tokens=room, **place)
@@ -410,7 +411,7 @@ def fit(
         model.check_saved(shapes, run_dir)
         block = getattr(recipe, "peft", None)
         if not block or not block.load_in_4bit:  # else merged into what was not rounded
-            check_reloaded(run_dir, ids, live, rounded=trainer.accelerator.mixed_precision != "no")
+            check_reloaded(run_dir, ids, live, rounded=rehearsal.rounded(trainer.accelerator))
         if not any((run_dir / manifest.CHECKPOINTS).glob("checkpoint-*")):
             note.unlink()
             note.parent.rmdir()

@@ -92,6 +92,22 @@ def test_a_job_at_its_time_limit_goes_back_into_the_queue_and_resumes_on_both_no
     assert steps == list(range(1, 301))
 
 
+def test_a_time_limit_without_a_checkpoint_ends_the_job(
+    chain: tuple[Path, Path], repo: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(chain[1] / "mid", tmp_path / "mid")
+    rest = ["num_steps=3000", "micro_batch_size=1", "--run-dir", tmp_path]
+    job = submit(repo, tmp_path, environment, "sft", "--config", chain[0] / "sft.yaml", *rest)
+    end = time.monotonic() + 120
+    while not (tmp_path / "sft" / "train_log.jsonl").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    text = job.communicate(timeout=60)[0]
+    assert job.returncode == 1, text
+    assert "no checkpoint since the job began" in text
+    assert not (tmp_path / "bin" / "requeued").exists()
+
+
 def test_an_error_ends_the_job_and_is_not_queued_again(
     chain: tuple[Path, Path], repo: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from smol_post import batches, launch, sequence
+from smol_post import attention, batches, launch, sequence
 from smol_post.refusal import Refusal
 
 
@@ -123,6 +123,16 @@ def test_parts_of_a_row_have_every_id_once_and_every_label_with_the_token_that_p
     for one in (first, second):
         assert one["cu_seq_lens_q"].tolist() == [0, 3, 5]
         assert one["split"].num_tokens == [2, 3]
+
+
+def test_off_the_cpu_queries_keys_and_values_come_to_one_type_before_any_kernel() -> None:
+    """RoPE in float32 leaves two of them wider than the third; meta stands for a device without a kernel."""
+    query = torch.zeros(1, 4, 5, 8, device="meta")
+    key, value = torch.zeros(2, 1, 2, 5, 8, device="meta")
+    output, _ = attention.varlen_attention_forward(
+        torch.nn.Module(), query, key, value.bfloat16(), None, cu_seq_lens_q=torch.tensor([0, 3, 5])
+    )
+    assert (output.dtype, tuple(output.shape)) == (torch.bfloat16, (1, 5, 4, 8))
 
 
 def test_a_row_in_one_part_is_the_row() -> None:
