@@ -75,10 +75,12 @@ class Encoder:
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what a row becomes, as a tree to digest."""
-        backend = self.tokenizer.backend_tokenizer.to_str()
+        tokenizer = self.tokenizer.backend_tokenizer
+        tokenizer.no_padding()  # nothing is padded or cut here, whatever the last caller asked for
+        tokenizer.no_truncation()
         return {
             **{key: value for key, value in vars(self).items() if key != "tokenizer"},
-            "tokenizer": manifest.digest_text(backend),
+            "tokenizer": manifest.digest_text(tokenizer.to_str()),
             "special_tokens": {key: str(token) for key, token in self.tokenizer.special_tokens_map.items()},
         }
 

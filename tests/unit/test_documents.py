@@ -563,3 +563,9 @@ def test_two_processes_at_the_same_time_build_once_and_read_the_same(tmp_path: P
 
 def test_the_examples_in_the_text_are_true() -> None:
     assert doctest.testmod(documents).failed == 0
+
+
+def test_what_another_caller_padded_and_cut_changes_no_address(encoder: Encoders, tokenizer: Any) -> None:
+    before = encoder().identity()
+    tokenizer(["one", "two words"], padding=True, truncation=True, max_length=4)
+    assert encoder().identity() == before
