@@ -11,7 +11,6 @@ doors end in `execute`.
 import argparse
 import atexit
 import contextlib
-import fcntl
 import importlib
 import multiprocessing
 import os
@@ -26,12 +25,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from smol_post import config, launch, loading, manifest
+from smol_post import config, launch, loading, locks, manifest
 from smol_post.launch import num_processes, rank, say
+from smol_post.locks import LOCK
 from smol_post.plan import Job, Parent, await_parents, make_plan, order, resolve_parent
 from smol_post.refusal import Failure, Refusal
 
-LOCK = ".lock"
 EXIT_OK, EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -114,11 +113,7 @@ def claim(job: Job, parents: list[Parent], print_id: str) -> TextIO | None:
         job.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Refusal(f"{job.run_dir}: cannot be made ({error.strerror}); choose another --run-dir") from None
-    lock = (job.run_dir / LOCK).open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise Refusal(f"{job.run_dir}: another process is making this run; wait for it or stop it") from None
+    lock = locks.take(job.run_dir, what="a run")
     if manifest.is_whole(job.run_dir):
         raise Refusal(f"{job.run_dir}: another process has just made this run; type the command again")
     if state_path.is_file():

@@ -1,6 +1,7 @@
 """The life of a run: claimed once, never written over, its outcome written down."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def test_a_new_directory_is_claimed_and_says_what_it_is_used_for(job: Job) -> No
 def test_a_run_is_made_by_one_process_at_a_time(job: Job) -> None:
     lock = runner.claim(job, [PARENT], "print")
     assert lock is not None
-    with lock, pytest.raises(Refusal, match="another process is making this run"):
+    with lock, pytest.raises(Refusal, match=f"a run is under way, by process {os.getpid()} on"):
         runner.claim(job, [PARENT], "print")
 
 
