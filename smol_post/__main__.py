@@ -38,7 +38,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "smol-post COMMAND --help tells more. Exit codes: 0 done, 1 failed, 2 refused, 130 interrupted.",
+            "smol-post COMMAND --help tells more. Exit codes: 0 done, 1 failed, 2 refused,",
+            "75 stopped by a signal, what was under way saved, 130 interrupted by Ctrl-C.",
         ]
     )
 
@@ -61,9 +62,11 @@ def main() -> None:
         sys.exit(2)
     try:
         sys.exit(dispatch(command, rest))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        from smol_post.runner import interrupted
+
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(interrupted(stop))
     except BrokenPipeError:  # `| head` has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  so that closing it does not fail again
 

@@ -298,13 +298,7 @@ def _work(recipe: config.Training, shape: Shape, data: Data, launch: Launch) -> 
 
 def _num_kept(recipe: config.Training, steps: int | None) -> int | None:
     """Checkpoints on the way that are on disk at the end, the last step's among them; None: not known."""
-    strategy, every = recipe.trainer.get("save_strategy", "no"), recipe.trainer.get("save_steps", 500)
-    if strategy == "no":
-        return 0
-    limit = recipe.trainer.get("save_total_limit")
-    made = math.ceil(recipe.num_epochs or 1) if strategy == "epoch" else None
-    if strategy != "epoch" and steps:
-        made = math.ceil(steps / (math.ceil(every * steps) if every < 1 else every))
+    limit, made = recipe.trainer.get("save_total_limit"), recipe.num_checkpoints(steps)
     return limit if made is None else min(made, limit or made)
 
 

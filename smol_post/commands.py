@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from smol_post import config, hub, loading, manifest, runner
+from smol_post import config, disk, hub, loading, manifest, runner
 from smol_post.plan import Job, check_metrics, check_names, default_run_root, make_plan, say
 from smol_post.refusal import Failure, Refusal, did_you_mean
 from smol_post.runner import EXIT_OK, Parser, refuse
@@ -51,11 +51,11 @@ def run(argv: list[str]) -> int:
         except Refusal as refusal:
             return refuse(refusal)
         except Failure as failure:
-            say(f"failed: {failure}", error=True)
+            code = runner.fail(failure)
             report(rest)
-            return runner.EXIT_FAILED
-        except KeyboardInterrupt:
-            return runner.EXIT_INTERRUPTED
+            return code
+        except KeyboardInterrupt as stop:
+            return runner.interrupted(stop)
         return EXIT_OK
 
     rest = [arguments.recipe, *(["--run-dir", str(arguments.run_dir)] if arguments.run_dir else [])]
@@ -116,9 +116,11 @@ def evals(argv: list[str]) -> int:
         stage.evaluate_all(recipe, plan.pipeline)
     except Refusal as refusal:
         return refuse(refusal)
-    except KeyboardInterrupt:
+    except Failure as failure:
+        return runner.fail(failure)
+    except KeyboardInterrupt as stop:
         say("evals: interrupted; what is evaluated is kept", error=True)
-        return runner.EXIT_INTERRUPTED
+        return runner.interrupted(stop)
     return EXIT_OK
 
 
@@ -188,9 +190,12 @@ def report(argv: list[str]) -> int:
         root = arguments.run_dir or default_run_root(folder)
         from smol_post.report import write_report
 
-        page, _ = write_report(root, runs=[entry.name for entry in pipeline.runs])
+        with disk.watched(root):
+            page, _ = write_report(root, runs=[entry.name for entry in pipeline.runs])
     except Refusal as refusal:
         return refuse(refusal)
+    except Failure as failure:
+        return runner.fail(failure)
     say(f"report: {page}")
     return EXIT_OK
 

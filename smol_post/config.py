@@ -4,6 +4,7 @@ Quantities that are ours have our names (`max_tokens`, `global_batch_size`); the
 field of the pinned TRL configuration by its own name.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -169,6 +170,15 @@ class Training(Made):
         if shares and self.think_to_no_think is not None:
             raise ValueError("think_to_no_think: the sources have a token_share; give one or the other")
         return self
+
+    def num_checkpoints(self, steps: int | None) -> int | None:
+        """How many checkpoints a run of so many steps makes, the last step's among them; None: not known."""
+        strategy, every = self.trainer.get("save_strategy", "no"), self.trainer.get("save_steps", 500)
+        if strategy == "no":
+            return 0
+        if strategy == "epoch":
+            return math.ceil(self.num_epochs or 1)
+        return math.ceil(steps / (math.ceil(every * steps) if every < 1 else every)) if steps else None
 
 
 class Packed(Training):

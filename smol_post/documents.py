@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from smol_post import chat, manifest
+from smol_post import chat, disk, manifest
 from smol_post.config import Source
 from smol_post.encoding import encode
 from smol_post.refusal import Refusal
@@ -459,7 +459,7 @@ def once(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
     """`folder/<key>`, made by `build(an empty folder)` unless it is there whole; other processes wait for it.
 
     Whatever interrupts `build`, and whatever is lost afterwards, a folder without its seal or a file is made
-    anew. Raises Refusal where nothing can be written.
+    anew. Raises Refusal where nothing can be written, DiskFull where that ends.
     """
     target = folder_of(folder, key)
     if manifest.is_sealed(target):
@@ -477,9 +477,10 @@ def once(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
             shutil.rmtree(target, ignore_errors=True)
             half.mkdir()
             try:
-                build(half)
-                manifest.seal(half)
-                half.rename(target)
+                with disk.watched(folder):
+                    build(half)
+                    manifest.seal(half)
+                    half.rename(target)
             finally:
                 shutil.rmtree(half, ignore_errors=True)
     return target

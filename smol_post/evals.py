@@ -20,7 +20,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smol_post import export, manifest
+from smol_post import disk, export, locks, manifest
 from smol_post.config import EvalsRecipe, Made
 from smol_post.plan import Job, say
 from smol_post.refusal import Failure, Refusal, did_you_mean
@@ -80,17 +80,22 @@ def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job], *, only: str | None =
             say(f"evals: {name}: kept, same checkpoint and suite")
         else:
             todo.append((folder, ours, path, about))
-    if todo and recipe.harness:
+    if not todo:
+        return
+    if recipe.harness:
         from smol_post import harness
 
         for entry in recipe.harness:
             harness.find(entry)  # an unknown task is refused now, not after hours
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_workers = min(num_cores // (recipe.num_threads or num_cores), len(todo))
-    # the last first: they have most to do
-    if num_workers < 2 or not at_once(measure, todo[::-1], num_workers=num_workers):
-        for one in todo:
-            say(measure(*one))
+    folder = todo[0][2].parent
+    folder.mkdir(exist_ok=True)
+    with locks.take(folder, what="an evaluation"), disk.watched(folder):
+        # the last first: they have most to do
+        if num_workers < 2 or not at_once(measure, todo[::-1], num_workers=num_workers):
+            for one in todo:
+                say(measure(*one))
 
 
 def hold(recipe: EvalsRecipe, jobs: Sequence[Job], job: Job) -> None:
@@ -217,7 +222,6 @@ def measure(folder: Path, recipe: EvalsRecipe, path: Path, about: dict[str, Any]
     started = time.monotonic()
     metrics, samples = evaluate(folder, recipe)
     seconds = round(time.monotonic() - started, 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
     manifest.write_json(path, about | {"seconds": seconds, "metrics": metrics, "samples": samples})
     numbers = "  ".join(f"{key} {metric['value']:.3f}" for key, metric in metrics.items())
     return f"evals: {about['run']}: {numbers}  ({seconds:.0f} s)"

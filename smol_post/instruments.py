@@ -13,12 +13,15 @@ import json
 import math
 import os
 import resource
+import shutil
+import signal
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 import numpy as np
@@ -33,10 +36,11 @@ from smol_post import manifest
 from smol_post.data import Prepared
 from smol_post.documents import MODES
 from smol_post.mixture import Pool
-from smol_post.refusal import Failure
+from smol_post.refusal import Failure, Stopped
 from smol_post.report import duration
 
 Announce = Callable[[str], None]
+TORN, GONE = "torn", "gone.part"  # among the checkpoints: set aside; about to be removed
 LOG, BAD_BATCH, TOTALS = "train_log.jsonl", "bad_batch.json", "instruments.json"
 # The loss explodes: half of the last RECENT_STEPS are above FACTOR x the median of the up to HISTORY_STEPS
 # before them + MARGIN. Our choice: half of so many that odd batches, if one in 50 is, pass for it less than
@@ -61,11 +65,24 @@ class Instruments(TrainerCallback):
     """
 
     def __init__(
-        self, trainer: Any, *, prepared: Prepared, run_dir: Path, room_tokens: int | None, announce: Announce
+        self,
+        trainer: Any,
+        *,
+        prepared: Prepared,
+        run_dir: Path,
+        room_tokens: int | None,
+        keep: tuple[int | None, Collection[str]] = (None, ()),
+        announce: Announce,
     ) -> None:
-        """`room_tokens`: what the packs of a global batch have room for; `announce` shows one line."""
+        """`room_tokens`: what the packs of a global batch have room for; `announce` shows one line.
+
+        `keep`: so many of the newest checkpoints stay (None: all), and those of these names.
+        """
         self.trainer, self.prepared, self.run_dir = trainer, prepared, run_dir
-        self.room_tokens, self.announce = room_tokens, announce
+        self.room_tokens, self.keep, self.announce = room_tokens, keep, announce
+        self.asked: int | None = None  # the signal by which this process was asked to stop
+        self.stopping = False  # all processes are
+        self.handlers: dict[int, Any] = {}
         self.totals: dict[str, Any] = {"num_tokens": 0, "num_trained_tokens": 0, "loss": 0.0, "seconds": 0.0}
         self.losses: deque[float] = deque(maxlen=RECENT_STEPS + HISTORY_STEPS)
         self.addresses: deque[list[int]] = deque(maxlen=RECENT_STEPS)  # of this process's documents
@@ -85,6 +102,8 @@ class Instruments(TrainerCallback):
 
     def __exit__(self, raised: type[BaseException] | None, *rest: object) -> None:
         """Close the bar, the log, and the trackers, which lose what they hold in a forked process else."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         for one in (self.bar, self.stream):
             if one is not None:
                 one.close()
@@ -97,7 +116,13 @@ class Instruments(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go on from the totals of the checkpoint, if any; cut the log back to its step; start the clock."""
+        """Go on from the totals of the checkpoint, if any; cut the log back to its step; start the clock.
+
+        From here on a signal to stop waits for the end of the step.
+        """
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # else not ours to take
+                self.handlers[number] = signal.signal(number, self._ask)
         self.trainer.tally.clear()  # what was computed before step 1 is no part of it
         self.trainer.addresses.clear()
         if state.global_step:
@@ -125,6 +150,9 @@ class Instruments(TrainerCallback):
         sums, step, totals = self._take(), state.global_step, self.totals
         loss, grad_norm = sums.pop("loss"), sums.pop("grad_norm", None)
         self._check(step, loss, grad_norm)
+        if sums.pop("asked") and step < state.max_steps:  # else all that is left is to save the end
+            self.announce(f"asked to stop: saving after step {step}; ask again to stop without")
+            self.stopping = control.should_save = True
         seconds = time.monotonic() - self.begun
         due = seconds >= self.due
         if due:  # once a second, since asking the system takes as long as all the rest
@@ -176,7 +204,10 @@ class Instruments(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add the totals to a checkpoint and seal it: names and sizes of its files, once all are there."""
+        """Add the totals to a checkpoint and seal it, once all its files are there; remove older ones.
+
+        Raises Stopped (KeyboardInterrupt after Ctrl-C) where this was the last thing to do.
+        """
         PartialState().wait_for_everyone()  # every rank has written its part
         if state.is_world_process_zero:
             folder = _checkpoint(args, state)
@@ -187,6 +218,15 @@ class Instruments(TrainerCallback):
             totals = {**self.totals, "losses": list(self.losses), "launch": launched}
             manifest.write_json(folder / TOTALS, totals)
             manifest.seal(folder)
+            limit, pinned = self.keep
+            for old in checkpoints(folder.parent)[: -limit if limit else 0]:
+                if old.name not in pinned:
+                    old.rename(gone := folder.parent / GONE)  # at once, so that none is torn
+                    shutil.rmtree(gone)
+        if self.stopping:
+            PartialState().wait_for_everyone()  # the first that ends takes the others with it
+            kind = KeyboardInterrupt if self.asked == signal.SIGINT else Stopped
+            raise kind(f"stopped after step {state.global_step}, which is saved")
         self.lap = time.monotonic() - self.begun
 
     def on_train_end(
@@ -204,7 +244,7 @@ class Instruments(TrainerCallback):
     def _take(self) -> dict[str, float]:
         """The tally of the step over all processes: sums, but of loss and gradient norm the mean."""
         trainer, accelerator = self.trainer, self.trainer.accelerator
-        tally: dict[str, Any] = dict(trainer.tally)
+        tally: dict[str, Any] = trainer.tally | {"asked": self.asked is not None}
         if trainer.grad_norm is not None:  # some of DeepSpeed's engines do not tell
             tally["grad_norm"] = trainer.grad_norm
         values = [float(one) for one in tally.values()]
@@ -217,6 +257,12 @@ class Instruments(TrainerCallback):
         trainer.tally.clear()
         means = {key: sums[key] / accelerator.num_processes for key in ("loss", "grad_norm") if key in sums}
         return sums | means
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        """Stop when the step is done and saved; at once where that was asked before."""
+        if self.asked is not None:
+            raise KeyboardInterrupt if number == signal.SIGINT else Stopped
+        self.asked = number
 
     def _text(self, loss: float, learning_rate: float, state: TrainerState) -> str:
         """The run for a person: step 20/400  loss 1.2345  lr 1.0e-03  12,345 tokens/s  12 s left."""
@@ -271,6 +317,11 @@ class Instruments(TrainerCallback):
             f"step {step}: {why}; the rows of its batch are in {path}; mend them or lower "
             f"trainer.learning_rate, remove {self.run_dir} and type the command again"
         )
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first, whole or not."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
 def launch_of(accelerator: Accelerator) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -116,28 +117,75 @@ def verify(run_dir: Path) -> dict[str, Any]:
 def write_json(path: Path, tree: Any) -> None:
     """Write atomically: a reader sees the old file or the new one, never half of it."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(tree, stream, indent=2, ensure_ascii=False, default=str)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump(tree, stream, indent=2, ensure_ascii=False, default=str)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk: what is written later is there later."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def seal(folder: Path) -> None:
-    """Write down names and sizes of all files of a folder, last: what `is_sealed` then holds it against."""
-    write_json(folder / SEAL, _sizes(folder))
+    """Write down sizes and digests of all files of a folder, last: what `broken` then holds it against."""
+    files = _files(folder)
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        for _ in pool.map(sync, files.values()):
+            pass
+        digests = list(pool.map(digest_file, files.values()))
+    found = zip(files.items(), digests, strict=True)
+    tree = {name: {"size": path.stat().st_size, "digest": digest} for (name, path), digest in found}
+    write_json(folder / SEAL, {"files": tree})
+
+
+def broken(folder: Path, *, rehash: bool = True) -> list[str]:
+    """What is not as it was sealed, a phrase a file; [] where all is. `rehash`: digests too, not only sizes.
+
+    A file that was added breaks nothing.
+    """
+    try:
+        files = json.loads((folder / SEAL).read_text())["files"]
+        wanted = {name: (one["size"], one["digest"]) for name, one in files.items()}
+    except FileNotFoundError:
+        return ["it was never finished"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [f"{SEAL} is not readable"]
+    found = _files(folder)
+    lost = [f"{name} is missing" for name in wanted if name not in found]
+    there = {name: path for name, path in found.items() if name in wanted}
+    lost += [
+        f"{name} has {path.stat().st_size:,} bytes, not {wanted[name][0]:,}"
+        for name, path in there.items()
+        if path.stat().st_size != wanted[name][0]
+    ]
+    if lost or not rehash:
+        return lost
+    with ThreadPoolExecutor() as pool:
+        digests = dict(zip(there, pool.map(digest_file, there.values()), strict=True))
+    return [f"{name} has changed" for name, digest in digests.items() if digest != wanted[name][1]]
 
 
 def is_sealed(folder: Path) -> bool:
     """Whether a folder is sealed and still has all its files, each of its size."""
-    found = folder / SEAL
-    return found.is_file() and json.loads(found.read_text()) == _sizes(folder)
+    return not broken(folder, rehash=False)
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _files(folder: Path) -> dict[str, Path]:
     return {
-        str(path.relative_to(folder)): path.stat().st_size
+        str(path.relative_to(folder)): path
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != SEAL
     }

@@ -35,6 +35,7 @@ class Job:
     recipe_file: Path
     run_dir: Path
     parent_paths: list[str]
+    pinned: frozenset[str] = frozenset()  # its checkpoints that other runs start from: "checkpoint-300"
     scratch: Path | None = None  # where it is only verified, writing here what a run writes to run_dir
 
     def announce(self, text: str) -> None:
@@ -50,6 +51,7 @@ class Job:
             "num_processes": num_processes(),
             "num_parts": num_parts(),
             "only_verify": self.scratch is not None,
+            "pinned": self.pinned,
             "announce": self.announce,
         }
 
@@ -103,8 +105,9 @@ def make_plan(
             raise Refusal(f"--run {run}: no such run in {where}{did_you_mean(run, names)}")
         entries = [entry for entry in entries if entry.name == run]
     root = run_root or default_run_root(folder)
-    every = [_job(folder, entry, root, []) for entry in pipeline.runs]
-    jobs = [_job(folder, entry, root, arguments) for entry in entries] if arguments else None
+    taken = [path for entry in pipeline.runs for path in entry.parents]
+    every = [_job(folder, entry, root, [], taken) for entry in pipeline.runs]
+    jobs = [_job(folder, entry, root, arguments, taken) for entry in entries] if arguments else None
     wanted = {entry.name for entry in entries}
     return Plan(jobs or [job for job in every if job.name in wanted], every, pipeline.build_parents)
 
@@ -113,10 +116,12 @@ def _stages(entries: list[config.Entry]) -> str:
     return ", ".join(sorted({entry.stage for entry in entries}))
 
 
-def _job(folder: Path, entry: config.Entry, root: Path, arguments: list[str]) -> Job:
+def _job(folder: Path, entry: config.Entry, root: Path, arguments: list[str], taken: list[str]) -> Job:
     recipe = loading.load_entry(folder, entry, arguments=arguments)
     check_names(recipe, folder / entry.recipe)
-    return Job(entry.name, recipe, folder / entry.recipe, root / entry.name, entry.parents)
+    own = f"../{entry.name}/{manifest.CHECKPOINTS}/"
+    pinned = frozenset(path.removeprefix(own).rstrip("/") for path in taken if path.startswith(own))
+    return Job(entry.name, recipe, folder / entry.recipe, root / entry.name, entry.parents, pinned)
 
 
 def check_names(recipe: config.Recipe, path: Path) -> None:
@@ -189,6 +194,8 @@ def resolve_parent(job: Job, path: str, *, rehash: bool = True) -> Parent:
             raise Refusal(f"{job.run_dir}: parent {path} is not whole; {_how_to_make(job, root.name)}")
         found = known(root)
         _check_gates(job, path, root, found["digest"])
+        if folder.parent.name == manifest.CHECKPOINTS and (lost := manifest.broken(folder)):
+            raise Refusal(f"{job.run_dir}: parent {path}: {lost[0]}; make {root} again, or name another")
         if folder.resolve() == root.resolve():
             return Parent(path, root.resolve(), found["digest"], found["stage"])
         return Parent(path, folder.resolve(), _folder_digest(path, folder), found["stage"])

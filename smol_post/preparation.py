@@ -167,8 +167,7 @@ def prepare(argv: list[str]) -> int:
                 for line in _lines(whole):
                     say(line)
     except Failure as failure:
-        say(f"failed: {failure}", error=True)
-        return runner.EXIT_FAILED
+        return runner.fail(failure)
     except Refusal as refusal:
         return runner.refuse(refusal)
     return runner.EXIT_OK
@@ -214,6 +213,8 @@ def inspect(argv: list[str]) -> int:
             color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
             for line in inspection.to_terminal(rows, color=color, width=shutil.get_terminal_size().columns):
                 say(line)
+    except Failure as failure:
+        return runner.fail(failure)
     except Refusal as refusal:
         return runner.refuse(refusal)
     return runner.EXIT_OK

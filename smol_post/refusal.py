@@ -13,6 +13,10 @@ class Failure(Exception):
     """A run that cannot go on, for a reason we know: one line as in a Refusal, exit code 1, no traceback."""
 
 
+class Stopped(KeyboardInterrupt):
+    """SIGTERM, or SIGUSR1 while training: what is under way is saved, and the process ends; exit code 75."""
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """`; did you mean 'x'?` or the list of what exists, for the end of a refusal."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)

@@ -14,6 +14,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -25,13 +26,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from smol_post import config, launch, loading, locks, manifest
+from smol_post import config, disk, launch, loading, locks, manifest
 from smol_post.launch import num_processes, rank, say
 from smol_post.locks import LOCK
 from smol_post.plan import Job, Parent, await_parents, make_plan, order, resolve_parent
-from smol_post.refusal import Failure, Refusal
+from smol_post.refusal import Failure, Refusal, Stopped
 
-EXIT_OK, EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
 
 
 def fingerprint(job: Job, parents: list[Parent]) -> str:
@@ -120,10 +121,21 @@ def claim(job: Job, parents: list[Parent], print_id: str) -> TextIO | None:
         old = manifest.read_json(state_path)
         # a run without checkpoints holds nothing that could be lost
         begun = any((job.run_dir / manifest.CHECKPOINTS).glob("checkpoint-*"))
-        if old["fingerprint"] != print_id and begun:
-            raise _other_recipe(job, old, parents, "unfinished")
+        if old["fingerprint"] != print_id:
+            if begun:
+                raise _other_recipe(job, old, parents, "unfinished")
+            _clear(job.run_dir)
     record(job, parents, print_id, "running")
     return lock
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove what another recipe's attempt left, which would be taken for this one's."""
+    for path in run_dir.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def _other_recipe(job: Job, old: dict[str, Any], parents: list[Parent], state: str) -> Refusal:
@@ -175,6 +187,8 @@ def execute(job: Job, examined: tuple[list[Parent], str] | None = None) -> int:
         lock = claim(job, parents, print_id)
     except Refusal as refusal:
         return refuse(refusal)
+    except OSError as error:
+        return refuse(Refusal(f"{job.run_dir}: cannot be written ({error.strerror}); make room for it"))
     if lock is None and not job.scratch:
         say(f"{job.name}: whole already, kept: {job.run_dir}")
         return EXIT_OK
@@ -189,22 +203,26 @@ def _guarded(job: Job, parents: list[Parent], print_id: str, started: float | No
         if started is None:
             parents = [resolve_parent(job, path, rehash=False) for path in job.parent_paths]
         stage = importlib.import_module(f"smol_post.{job.recipe.stage}")
-        outcome = stage.run(job.recipe, parents, job)
-        if not job.scratch:
-            if started is not None:
-                _finish(job, parents, print_id, outcome, time.monotonic() - started)
-            return EXIT_OK
+        with disk.watched(job.run_dir):
+            outcome = stage.run(job.recipe, parents, job)
+            if not job.scratch:
+                if started is not None:
+                    _finish(job, parents, print_id, outcome, time.monotonic() - started)
+                return EXIT_OK
         status, code = "verified", EXIT_OK
     except Refusal as refusal:
         status, message, code = "refused", str(refusal), EXIT_REFUSED
         refuse(refusal)
     except Failure as failure:
         message = str(failure)
+        if isinstance(failure, disk.DiskFull) and started is not None:
+            disk.give_back(job.run_dir)
         if started is not None:
-            say(f"failed: {message}", error=True)
-    except KeyboardInterrupt:
-        status, code = "interrupted", EXIT_INTERRUPTED
-        message = f"{job.name}: interrupted; the same command resumes from the last whole checkpoint"
+            fail(failure)
+    except KeyboardInterrupt as stop:
+        status, code = "interrupted", interrupted(stop)
+        said = str(stop) or "interrupted"
+        message = f"{job.name}: {said}; the same command resumes from the last whole checkpoint"
         if started is not None:
             say(message, error=True)
     except Exception as error:  # noqa: BLE001  the last door: written down, then shown in full
@@ -213,8 +231,14 @@ def _guarded(job: Job, parents: list[Parent], print_id: str, started: float | No
     if started is not None:
         _keep_proofs(job)
         if not manifest.is_whole(job.run_dir):
-            record(job, parents, print_id, status, message)
+            with contextlib.suppress(OSError):  # no room for that either: the state says "running", nobody is
+                record(job, parents, print_id, status, message)
     return code
+
+
+def interrupted(stop: KeyboardInterrupt) -> int:
+    """The exit code: 130 of Ctrl-C, 75 of a signal after which the same command is to be given again."""
+    return EXIT_STOPPED if isinstance(stop, Stopped) else EXIT_INTERRUPTED
 
 
 def _keep_proofs(job: Job) -> None:
@@ -232,6 +256,8 @@ def _keep_proofs(job: Job) -> None:
 def _finish(job: Job, parents: list[Parent], print_id: str, outcome: dict[str, Any], seconds: float) -> None:
     """Digest what was written and write the manifest last."""
     files = manifest.content_files(job.run_dir)
+    for name in files:
+        manifest.sync(job.run_dir / name)
     manifest.write_json(
         job.run_dir / manifest.MANIFEST,
         {
@@ -281,6 +307,12 @@ def refuse(refusal: Refusal) -> int:
     return EXIT_REFUSED
 
 
+def fail(failure: Failure) -> int:
+    """Print why something could not go on as one line; the exit code for it."""
+    say(f"failed: {failure}", error=True)
+    return EXIT_FAILED
+
+
 def execute_all(jobs: list[Job], *, separate: bool, after: Callable[[Job], int] = lambda job: EXIT_OK) -> int:
     """Make the runs one after another; stop at the first that does not succeed, or of which `after` says so.
 
@@ -306,13 +338,17 @@ def execute_all(jobs: list[Job], *, separate: bool, after: Callable[[Job], int] 
             return refuse(refusal)
         child = context.Process(target=_child, args=(job, examined))
         child.start()
+        asked = 0
         while child.is_alive():
             try:
                 child.join()
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
+                asked = interrupted(stop)
                 child.terminate()
         if code := child.exitcode or 0:
-            return 128 - code if code < 0 else code
+            return 128 - code if code < 0 else asked or code
+        if asked:  # it was about to end, and is whole
+            return asked
         if code := after(job):
             return code
     return EXIT_OK
@@ -337,7 +373,7 @@ def interrupt_on_sigterm() -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    raise Stopped
 
 
 class Parser(argparse.ArgumentParser):

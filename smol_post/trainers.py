@@ -10,6 +10,7 @@ autocast) see what they always see, and full logits never exist.
 import contextlib
 import dataclasses
 import functools
+import sys
 import types
 from collections import defaultdict
 from collections.abc import Callable
@@ -119,6 +120,11 @@ class Exact:
             shard.num_processes //= self.parts.size
             shard.process_index //= self.parts.size
         return loader
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """TRL's; after a checkpoint of the last step nothing is left, where it would make one step more."""
+        done = super()._init_training_state(max_steps, *args, **kwargs)  # type: ignore[misc]
+        return (sys.maxsize, 0) if self.state.global_step >= max_steps else done  # type: ignore[attr-defined]
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
         found = super()._get_num_items_in_batch(*args, **kwargs)  # type: ignore[misc]

@@ -1,14 +1,15 @@
 """Recipe -> TRL arguments in one table; trainers; fit, resume, save. TRL trains, we say exactly what."""
 
 import math
+import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -20,6 +21,7 @@ from smol_post import (
     adapters,
     batches,
     data,
+    disk,
     launch,
     manifest,
     model,
@@ -37,7 +39,7 @@ from smol_post.config import (
     SftRecipe,
     Training,
 )
-from smol_post.instruments import TOTALS, Announce, Instruments, launch_of
+from smol_post.instruments import TORN, TOTALS, Announce, Instruments, checkpoints, launch_of
 from smol_post.refusal import Failure, Refusal
 from smol_post.trainers import PackTrainer, PairTrainer, add_scoring
 from smol_post.vocabulary import Vocabulary
@@ -97,6 +99,7 @@ def trainer_arguments(recipe: Training, *, run_dir: Path, num_processes: int) ->
         "gradient_accumulation_steps": accumulated,
         "max_length": None,
         "remove_unused_columns": False,  # rows are gathered when read, under names that no table has
+        "save_total_limit": None,  # Instruments removes them: the Trainer would before the new one is whole
     }
     if isinstance(recipe, ApoRecipe):
         defaults["loss_type"] = ["apo_zero"]
@@ -120,6 +123,7 @@ def train_on_packs(
     num_processes: int,
     num_parts: int,
     only_verify: bool,
+    pinned: Collection[str] = (),
     announce: Announce,
 ) -> dict[str, Any]:
     """Sources -> packs -> trained checkpoint in `run_dir`; the outcome (data ledger and metrics).
@@ -138,7 +142,7 @@ def train_on_packs(
     trainer = pack_trainer(lm, words.tokenizer, packs.dataset, arguments=arguments, num_parts=num_parts)
     metrics = fit(
         trainer, words.tokenizer, load=load, prepared=packs, recipe=recipe, run_dir=run_dir,
-        only_verify=only_verify, announce=announce,
+        only_verify=only_verify, pinned=pinned, announce=announce,
     )  # fmt: skip
     return {"data": packs.ledger, "metrics": metrics}
 
@@ -203,6 +207,7 @@ def train_on_pairs(
     num_processes: int,
     num_parts: int,
     only_verify: bool,
+    pinned: Collection[str] = (),
     announce: Announce,
 ) -> dict[str, Any]:
     """Sources -> pairs -> trained checkpoint in `run_dir`; the outcome (data ledger and metrics).
@@ -235,7 +240,7 @@ def train_on_pairs(
         trainer.train_dataset = pairs.dataset
     metrics = fit(
         trainer, words.tokenizer, load=load, prepared=pairs, recipe=recipe, run_dir=run_dir,
-        only_verify=only_verify, announce=announce,
+        only_verify=only_verify, pinned=pinned, announce=announce,
     )  # fmt: skip
     return {"data": pairs.ledger, "metrics": metrics}
 
@@ -326,13 +331,32 @@ def check_reloaded(run_dir: Path, ids: Any, live: float, *, rounded: bool) -> No
         )
 
 
-def last_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run that is sealed and has all its files; torn ones are passed over."""
-    found = sorted(
-        (run_dir / manifest.CHECKPOINTS).glob("checkpoint-*"),
-        key=lambda path: -int(path.name.rsplit("-", 1)[1]),
-    )
-    return next(filter(manifest.is_sealed, found), None)
+def last_checkpoint(run_dir: Path, *, announce: Announce) -> Path | None:
+    """The newest checkpoint whose files all have their digests; torn ones are set aside and named."""
+    folder = run_dir / manifest.CHECKPOINTS
+    for path in reversed(checkpoints(folder)):
+        if not (lost := manifest.broken(path)):
+            return path
+        aside = folder / TORN / path.name
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(exist_ok=True)
+        path.rename(aside)
+        announce(f"{path.name} is torn ({lost[0]}): set aside as {aside}, until the run is whole")
+    return None
+
+
+def required_bytes(recipe: Training, lm: torch.nn.Module, run_dir: Path, steps: int) -> float:
+    """What a run still has to write: float32 weights at the end, checkpoints with AdamW's moments before.
+
+    One more than `save_total_limit` is there for a moment.
+    """
+    every = sum(one.numel() for one in lm.parameters())
+    trained = sum(one.numel() for one in lm.parameters() if one.requires_grad)
+    checkpoint_bytes = 12 * trained  # of adapters too: the frozen weights are not in a checkpoint
+    made, limit = recipe.num_checkpoints(steps) or 0, recipe.trainer.get("save_total_limit")
+    there = len(checkpoints(run_dir / manifest.CHECKPOINTS))
+    number = min(made, limit + 1) if limit else made
+    return 4 * every + max(number - there, 0) * checkpoint_bytes
 
 
 def check_launch(checkpoint: Path, accelerator: Accelerator, run_dir: Path) -> None:
@@ -360,12 +384,13 @@ def fit(
     recipe: Training,
     run_dir: Path,
     only_verify: bool,
+    pinned: Collection[str] = (),
     announce: Announce,
 ) -> dict[str, Any]:
     """Train (from the last whole checkpoint, if any), save a plain checkpoint into `run_dir`, return metrics.
 
-    `only_verify`: stop before step 1, when what the recipe's `verify` asks for is proved; {}.
-    Adapters are saved apart, and merged into what `load` gives.
+    `only_verify`: stop before step 1, when what the recipe's `verify` asks for is proved; {}. `pinned`: names
+    of checkpoints that other runs start from. Adapters are saved apart, and merged into what `load` gives.
     Raises Refusal where a proof fails or an unfinished run was made from other data, Failure where the loss
     is not finite or explodes, RuntimeError where a saved weight is not finite.
     """
@@ -374,21 +399,27 @@ def fit(
     if adapted := is_peft_model(trained):
         adapters.check_engine(trainer.accelerator, trained)
         announce(adapters.describe(trained))
-    resumed = last_checkpoint(run_dir)
+    first = trainer.is_world_process_zero()
+    found = [last_checkpoint(run_dir, announce=announce) if first else None]
+    resumed: Path | None = broadcast_object_list(found)[0]
     if resumed:
         check_launch(resumed, trainer.accelerator, run_dir)
     ledger = prepared.ledger
+    if first:
+        steps = recipe.num_steps or math.ceil((recipe.num_epochs or 1) * ledger["updates_per_epoch"])
+        disk.require(run_dir, required_bytes(recipe, trained, run_dir, steps), what="the run")
     note = run_dir / manifest.CHECKPOINTS / "data.json"
     if resumed and manifest.read_json(note)["fingerprint"] != ledger["fingerprint"]:
         raise Refusal(f"{resumed}: was made from other data or other code; remove {run_dir} to begin again")
-    if trainer.is_world_process_zero():
+    if first:
         note.parent.mkdir(parents=True, exist_ok=True)
         manifest.write_json(note, {"fingerprint": ledger["fingerprint"]})
     if trainer.accelerator.device.type == "cpu":
         model.return_freed_memory(trained)
     room = recipe.global_batch_size * recipe.max_tokens if isinstance(recipe, Packed) else None
     place: dict[str, Any] = {"prepared": prepared, "run_dir": run_dir, "announce": announce}
-    instruments = Instruments(trainer, room_tokens=room, **place)
+    limit = recipe.trainer.get("save_total_limit")
+    instruments = Instruments(trainer, room_tokens=room, keep=(limit, pinned), **place)
     if recipe.verify != "off":
         trainer.add_callback(proofs.Proofs(trainer, recipe=recipe, only=only_verify, **place))
     trainer.add_callback(instruments)
@@ -402,7 +433,7 @@ def fit(
     live = _loss_of(trainer.model_wrapped, ids, trainer.accelerator.device)
     rehearsal.shard(trained)
     trainer.save_model(str(run_dir / adapters.ADAPTER if adapted else run_dir))
-    if trainer.is_world_process_zero():
+    if first:
         if adapted:
             assert load
             shapes = adapters.save_merged(load(), tokenizer, run_dir)
@@ -412,9 +443,9 @@ def fit(
         block = getattr(recipe, "peft", None)
         if not block or not block.load_in_4bit:  # else merged into what was not rounded
             check_reloaded(run_dir, ids, live, rounded=rehearsal.rounded(trainer.accelerator))
-        if not any((run_dir / manifest.CHECKPOINTS).glob("checkpoint-*")):
-            note.unlink()
-            note.parent.rmdir()
+        shutil.rmtree(note.parent / TORN, ignore_errors=True)
+        if not checkpoints(note.parent):
+            shutil.rmtree(note.parent)
     totals = instruments.totals
     return {
         "num_steps": trainer.state.global_step,

@@ -8,10 +8,11 @@ import math
 import os
 import random
 import re
+import signal
 import struct
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,8 +27,18 @@ from transformers.integrations.integration_utils import (
     WandbCallback,
 )
 
-from smol_post import config, data, instruments, manifest, reference, trainer_block, training, vocabulary
-from smol_post.refusal import Failure, Refusal
+from smol_post import (
+    config,
+    data,
+    disk,
+    instruments,
+    manifest,
+    reference,
+    trainer_block,
+    training,
+    vocabulary,
+)
+from smol_post.refusal import Failure, Refusal, Stopped
 
 Build = Callable[..., Any]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,7 +113,7 @@ class Run:
             self.lm, None, self.tokenizer, prepared.dataset, micro_batch_tokens=400, arguments=arguments
         )
 
-    def train(self, *callbacks: TrainerCallback) -> dict[str, Any]:
+    def train(self, *callbacks: TrainerCallback, pinned: Collection[str] = ()) -> dict[str, Any]:
         self.last = trainer = self.trainer()
         for callback in callbacks:
             trainer.add_callback(callback)
@@ -114,6 +125,7 @@ class Run:
             recipe=self.recipe,
             run_dir=self.dir,
             only_verify=False,
+            pinned=pinned,
             announce=self.lines.append,
         )
 
@@ -295,6 +307,7 @@ def test_speed_memory_and_clock_are_measured(run: Callable[..., Run]) -> None:
         pytest.param(False, "on_log", 4, 2, id="between line and checkpoint"),
         pytest.param(False, "on_save", 4, 2, id="between checkpoint and seal"),
         pytest.param(False, "on_step_begin", 1, 0, id="before any checkpoint"),
+        pytest.param(False, "on_train_end", 7, 7, id="after the last checkpoint, within an epoch"),
         pytest.param(True, "on_step_begin", 5, 4, id="pairs"),
     ],
 )
@@ -302,7 +315,8 @@ def test_a_run_stopped_anywhere_and_resumed_writes_the_log_of_an_uninterrupted_o
     run: Callable[..., Run], pairs: bool, event: str, step: int, resumed: int
 ) -> None:
     block = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
-    straight, torn = (run(name, pairs=pairs, trainer=block) for name in ("straight", "torn"))
+    straight, torn = (run(name, pairs=pairs, num_steps=7, trainer=block) for name in ("straight", "torn"))
+    assert 7 % straight.prepared.ledger["updates_per_epoch"]
     wanted = straight.train()
     with pytest.raises(KeyboardInterrupt):
         torn.train(At(event, step, stop))
@@ -320,6 +334,78 @@ def test_a_run_stopped_anywhere_and_resumed_writes_the_log_of_an_uninterrupted_o
         assert metrics[key] == wanted[key], key
     weights = [(one.dir / "model.safetensors").read_bytes() for one in (straight, torn)]
     assert weights[0] == weights[1]
+
+
+def signalled(*numbers: int) -> Callable[[Any], None]:
+    return lambda model: [os.kill(os.getpid(), number) for number in numbers] and None
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(signal.SIGTERM, Stopped), (signal.SIGUSR1, Stopped), (signal.SIGINT, KeyboardInterrupt)],
+    ids=lambda one: getattr(one, "name", ""),
+)
+def test_a_signal_to_stop_is_obeyed_when_the_step_is_saved(
+    run: Callable[..., Run], number: int, kind: type[BaseException]
+) -> None:
+    straight, asked = run("straight"), run("asked")
+    straight.train()
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped after step 3, which is saved$") as why:
+        asked.train(At("on_step_begin", 2, signalled(number)))
+    assert type(why.value) is kind
+    assert signal.getsignal(number) == before
+    assert [line["step"] for line in asked.log()] == [1, 2, 3]
+    assert manifest.broken(asked.dir / "checkpoints" / "checkpoint-3") == []
+    assert asked.train()["resumed_from_step"] == 3
+    assert lasting(asked.log()) == lasting(straight.log())
+    weights = [(one.dir / "model.safetensors").read_bytes() for one in (straight, asked)]
+    assert weights[0] == weights[1]
+
+
+def test_who_asks_twice_is_not_kept_waiting(run: Callable[..., Run]) -> None:
+    one = run()
+    with pytest.raises(Stopped, match=r"^$"):
+        one.train(At("on_step_begin", 2, signalled(signal.SIGTERM, signal.SIGTERM)))
+    assert not list((one.dir / "checkpoints").glob("checkpoint-*"))
+
+
+def test_a_run_asked_to_stop_in_its_last_step_is_made_whole(run: Callable[..., Run]) -> None:
+    one = run()
+    assert one.train(At("on_step_begin", 5, signalled(signal.SIGTERM)))["num_steps"] == 6
+    assert (one.dir / "model.safetensors").is_file()
+
+
+def test_old_checkpoints_go_when_the_new_one_is_whole_and_those_others_start_from_stay(
+    run: Callable[..., Run],
+) -> None:
+    one = run(trainer={"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2})
+    folder, seen = one.dir / "checkpoints", []
+
+    def look(model: Any) -> None:  # the new checkpoint has no seal yet
+        seen.append({path.name for path in folder.glob("checkpoint-*") if not manifest.broken(path)})
+
+    one.train(*(At("on_save", step, look) for step in range(1, 7)), pinned={"checkpoint-2"})
+    names = [f"checkpoint-{step}" for step in range(1, 7)]
+    assert seen[:3] == [set(), set(names[:1]), set(names[:2])]
+    assert seen[5] == {names[1], names[3], names[4]}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {names[1], names[4], names[5]}
+
+
+def test_a_run_is_refused_where_the_disk_has_no_room_for_it_and_its_checkpoints(
+    run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = run(trainer={"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2})
+    size = sum(parameter.numel() for parameter in one.build().parameters())
+    wanted = 4 * size + 3 * 12 * size
+    monkeypatch.setattr(disk, "free", lambda folder: wanted - 1)
+    with pytest.raises(Refusal, match=r"run: the run takes 0\.\d+ GiB of disk, found .* make room or choose"):
+        one.train()
+    assert not list((one.dir / "checkpoints").glob("checkpoint-*"))
+    monkeypatch.setattr(disk, "free", lambda folder: wanted)
+    one.train()
+    saved = sum(path.stat().st_size for path in (one.dir / "checkpoints" / "checkpoint-6").iterdir())
+    assert saved == pytest.approx(12 * size, rel=0.2)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Recipe to trainer: what is decayed, what is resumed, how a batch is cut."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,26 +98,52 @@ def checkpoint(run_dir: Path, step: int, *, sealed: bool = True) -> Path:
     for name in names:
         (folder / name).write_text(name)
     if sealed:
-        (folder / manifest.SEAL).write_text(json.dumps({name: len(name) for name in names}))
+        manifest.seal(folder)
     return folder
 
 
 def test_the_newest_sealed_checkpoint_is_resumed_from(tmp_path: Path) -> None:
-    assert training.last_checkpoint(tmp_path) is None
+    lines: list[str] = []
+    assert training.last_checkpoint(tmp_path, announce=lines.append) is None
     checkpoint(tmp_path, 9)
     newest = checkpoint(tmp_path, 10)
-    assert training.last_checkpoint(tmp_path) == newest
+    assert training.last_checkpoint(tmp_path, announce=lines.append) == newest
+    assert lines == []
 
 
-@pytest.mark.parametrize("fault", ["unsealed", "cut short", "file missing"])
-def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, fault: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ("unsealed", "it was never finished"),
+        ("cut short", "model.safetensors has 3 bytes, not 17"),
+        ("file missing", "rng_state.pth is missing"),
+        ("a bit flipped", "optimizer.pt has changed"),
+        ("half a seal", "whole.json is not readable"),
+        ("another seal", "whole.json is not readable"),
+    ],
+)
+def test_a_torn_checkpoint_is_set_aside_and_named(tmp_path: Path, fault: str, named: str) -> None:
     whole = checkpoint(tmp_path, 5)
     torn = checkpoint(tmp_path, 10, sealed=fault != "unsealed")
     if fault == "cut short":
         (torn / "model.safetensors").write_text("mod")
     if fault == "file missing":
         (torn / "rng_state.pth").unlink()
-    assert training.last_checkpoint(tmp_path) == whole
+    if fault == "a bit flipped":
+        (torn / "optimizer.pt").write_text("optimizer.pu")
+    if fault == "half a seal":
+        (torn / manifest.SEAL).write_text('{"files": {')
+    if fault == "another seal":
+        (torn / manifest.SEAL).write_text('{"files": [1]}')
+    lines: list[str] = []
+    assert training.last_checkpoint(tmp_path, announce=lines.append) == whole
+    aside = tmp_path / "checkpoints" / "torn" / "checkpoint-10"
+    (line,) = lines
+    assert line == f"checkpoint-10 is torn ({named}): set aside as {aside}, until the run is whole"
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["checkpoint-5", "torn"]
+    assert (aside / "trainer_state.json").is_file()
+    torn = checkpoint(tmp_path, 10, sealed=False)  # the next attempt gets as far, and no further
+    assert training.last_checkpoint(tmp_path, announce=lines.append) == whole
 
 
 def test_a_sequence_longer_than_the_parent_s_context_is_refused(build: Build) -> None:
