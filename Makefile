@@ -15,7 +15,7 @@ comma := ,
 EXTRAS := dev$(comma)eval$(if $(filter Linux,$(SYSTEM)),$(comma)deepspeed$(comma)scale)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline prepare $(STAGES) evals report check test bench reproduce format clean
+.PHONY: help setup pipeline prepare $(STAGES) evals report check test bench reproduce soak format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+( [a-z-]+)*:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,9 @@ bench: $(READY)  ## measure against the peers; benchmarks/results
 
 reproduce: $(READY)  ## tiny and its ablations over three seeds, an hour or two; docs/reproduction.md
 	$(BIN)/python -m benchmarks.reproduction $(ARGS)
+
+soak: $(READY)  ## kill the tiny chain at least 50 times and compare the end, an hour; docs/soak.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(ARGS)
 
 format: $(READY)  ## format and fix what ruff can
 	$(BIN)/ruff format .
