@@ -102,7 +102,7 @@ def evals(argv: list[str]) -> int:
     """Evaluate every whole checkpoint of the chain that has no result for its digest yet."""
     parser = _parser("evals", "Evaluate every whole checkpoint of a run folder.")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the evals recipe to set")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     folder, pairs = Path(arguments.recipe), arguments.overrides
     try:
         recipe = load_evals(folder, pairs)

@@ -115,12 +115,16 @@ def verify(run_dir: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, tree: Any) -> None:
+    """`write_text` of a tree."""
+    write_text(path, json.dumps(tree, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write atomically: a reader sees the old file or the new one, never half of it."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(tree, stream, indent=2, ensure_ascii=False, default=str)
-            stream.write("\n")
+            stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)

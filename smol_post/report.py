@@ -14,7 +14,6 @@ of a checkpoint that is no longer there are marked and never called best.
 import html
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smol_post.manifest import write_text
 from smol_post.plots import draw_loss, draw_modes, draw_sweep, plot
 from smol_post.points import GROUPS, Point, lower_is_better, metric_names, rank_metric, read_points
 from smol_post.refusal import Refusal
@@ -413,7 +413,5 @@ def write_report(run_root: Path, *, runs: Sequence[str]) -> tuple[Path, Path]:
     machine = json.dumps({"title": title, "checkpoints": metrics_tree(points)}, indent=2) + "\n"
     texts = (page.render(values), "\n\n".join(parts), machine)
     for path, text in zip((*paths, run_root / "metrics.json"), texts, strict=True):
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, text)
     return paths
