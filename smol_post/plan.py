@@ -36,6 +36,7 @@ class Job:
     run_dir: Path
     parent_paths: list[str]
     scratch: Path | None = None  # where it is only verified, writing here what a run writes to run_dir
+    folder: Path | None = None  # of the pipeline.yaml it stands in; None: its recipe's
 
     def announce(self, text: str) -> None:
         """Show a line of this run to the person who waits."""
@@ -116,7 +117,7 @@ def _stages(entries: list[config.Entry]) -> str:
 def _job(folder: Path, entry: config.Entry, root: Path, arguments: list[str]) -> Job:
     recipe = loading.load_entry(folder, entry, arguments=arguments)
     check_names(recipe, folder / entry.recipe)
-    return Job(entry.name, recipe, folder / entry.recipe, root / entry.name, entry.parents)
+    return Job(entry.name, recipe, folder / entry.recipe, root / entry.name, entry.parents, folder=folder)
 
 
 def check_names(recipe: config.Recipe, path: Path) -> None:
