@@ -58,19 +58,24 @@ def collect(
     }
 
 
-def digest_of(job: "Job", inputs: dict[str, Any]) -> str:
-    """The fingerprint of a run with these inputs; names are no part of it, nor is a file that is used twice.
-
-    Raises Refusal where a file is missing.
-    """
-    each: dict[str, str] = {}
-    for name, path in files(job.recipe.model_dump(), job.recipe_file.parent).items():
-        if inputs["files"].get(name) is None:
+def check_files(job: "Job") -> dict[str, Path]:
+    """Name -> path of the local files that decide a run; Refusal where one is missing."""
+    found = files(job.recipe.model_dump(), job.recipe_file.parent)
+    for name, path in found.items():
+        if not path.is_file():
             where = f"sources: '{name[8:]}'" if name.startswith("sources.") else name
             raise Refusal(
                 f"{job.recipe_file}: {where}: {path} does not exist; paths count from the recipe's folder"
             )
-        each[str(path)] = inputs["files"][name]
+    return found
+
+
+def digest_of(job: "Job", inputs: dict[str, Any]) -> str:
+    """The fingerprint of a run with these inputs; Refusal where a file is missing.
+
+    Names of files are no part of it, nor is how often a file is used.
+    """
+    each = {str(path): inputs["files"][name] for name, path in check_files(job).items()}
     content = {"stage": job.recipe.stage, "recipe": deciding(job.recipe.model_dump())}
     content |= {"parents": list(inputs["parents"].values()), "files": sorted(each.values())}
     return manifest.digest_tree({**content, "smol_post": inputs["smol_post"]})

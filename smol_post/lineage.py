@@ -21,7 +21,7 @@ from smol_post.refusal import Refusal
 from smol_post.report import short
 from smol_post.runner import EXIT_FAILED, EXIT_OK, Parser, refuse
 
-CHANGED, GONE = "changed", "gone"  # gone: what a tree can do without, and so cannot be held against anything
+CHANGED, NOTE = "changed", "note"  # note: what a tree can do without, and could not be checked
 
 
 @dataclass
@@ -56,6 +56,8 @@ def read_tree(run_dir: Path) -> dict[str, Node]:
             node.manifest = manifest.read_manifest(folder)
         except Refusal as refusal:
             node.problem = str(refusal) if (folder / manifest.MANIFEST).exists() else f"{folder}: is no run"
+        if node.manifest and not node.manifest.keys() >= {"digest", "files", "recipe"}:
+            node.problem, node.manifest = f"{folder / manifest.MANIFEST}: says too little, was edited", {}
         for one in node.manifest.get("parents", []):
             path = one["path"]
             if path.startswith("../"):  # of `../merge/soup` the run is ../merge
@@ -103,7 +105,7 @@ def show(node: Node, path: str, child: Node | None, depth: int, seen: set[str]) 
 
 
 def check(node: Node, contents: Callable[[Path], dict[str, str]]) -> Iterator[tuple[str, str]]:
-    """("changed" or "gone", what) for all that is not as the manifest of a run says; every file is read.
+    """("changed" or "note", what) for all that is not as the manifest of a run says; every file is read.
 
     contents: name -> digest of the files of a checkpoint, which is asked for once by itself and each child.
     """
@@ -115,7 +117,7 @@ def check(node: Node, contents: Callable[[Path], dict[str, str]]) -> Iterator[tu
     place = folder / manifest.MANIFEST
     if not (holds := manifest.record_holds(about)):
         yield (
-            (GONE, f"{place}: an older one, without a digest of itself; what it says of inputs is believed")
+            (NOTE, f"{place}: an older one, without a digest of itself; what it says of inputs is believed")
             if holds is None
             else (CHANGED, f"{place}: was edited since the run ended")
         )
@@ -140,7 +142,7 @@ def _check_data(folder: Path, about: dict[str, Any]) -> Iterator[tuple[str, str]
     for kind, name in cached + [("documents", one) for one in about.get("documents", [])]:
         place = folder.parent / CACHE / kind / name
         if not place.is_dir():
-            yield GONE, f"{place}: prepared data, not there any more"
+            yield NOTE, f"{place}: prepared data, not there any more and not checked"
         elif not manifest.is_sealed(place):
             yield CHANGED, f"{place}: prepared data has lost or changed files; remove it, it is made anew"
     known = about.get("inputs", {}).get("files", {})
@@ -152,7 +154,7 @@ def _check_data(folder: Path, about: dict[str, Any]) -> Iterator[tuple[str, str]
     found = {name: manifest.digest_file(path) for name, path in now.items() if path.is_file()}
     for name, what in manifest.changed_files(known, found).items():
         if what == "is missing":
-            yield GONE, f"{folder}: {inputs.named(name)}, not there any more"
+            yield NOTE, f"{folder}: {inputs.named(name)}, not there any more and not checked"
         else:
             yield CHANGED, f"{folder}: {inputs.named(name)} {what}"
 
@@ -179,7 +181,7 @@ def lineage(argv: list[str]) -> int:
                 **{key: node.manifest.get(key) for key in _KEYS if node.manifest},
                 "parents": [one | {"run": parent.name} for one, parent in node.parents],
                 CHANGED: [what for kind, what in found.get(node.name, []) if kind == CHANGED],
-                GONE: [what for kind, what in found.get(node.name, []) if kind == GONE],
+                NOTE: [what for kind, what in found.get(node.name, []) if kind == NOTE],
             }
             for node in tree.values()
         ]

@@ -51,7 +51,13 @@ class State:
 
     def text(self) -> str:
         """The state in a line."""
-        return f"{self.state:<12}{'; '.join(self.changes) or self.why}".rstrip()
+        return f"{self.state:<12}{few(self.changes) or self.why}".rstrip()
+
+
+def few(changes: Sequence[str]) -> str:
+    """The first three of what has changed, and how many more."""
+    more = [f"{len(changes) - 3} more"] if len(changes) > 3 else []
+    return "; ".join([*changes[:3], *more])
 
 
 def states(jobs: Sequence[Job]) -> dict[str, State]:
@@ -144,14 +150,14 @@ def _changes(
 
 
 def _believed(run_dir: Path, path: str) -> str | None:
-    """The digest of a parent as its manifest has it; None where it has none, or is not there."""
+    """The digest of a parent as its manifest has it; None where it has none that can be read."""
     if not path.startswith(("../", "/", "~")):
         return None
     _, name, *inside = path.split("/") if path.startswith("../") else ("", "")
-    root = run_dir.parent / name if name else Path(path).expanduser()
-    if not manifest.is_whole(root):
+    try:
+        about = manifest.read_manifest(run_dir.parent / name if name else Path(path).expanduser())
+    except Refusal:
         return None
-    about = manifest.read_manifest(root)
     if inside:
         soup = about.get("soup") if inside == [manifest.SOUP] else None
         return manifest.content_digest(soup) if soup else None
@@ -204,8 +210,10 @@ def explain(jobs: Sequence[Job], pipeline: Sequence[Job]) -> tuple[list[str], in
         one, code = found[job.name], EXIT_OK
         waits = [path for path in job.parent_paths if path[:3] == "../" and path.split("/")[1] in blocked]
         later = f", if {' and '.join(one.absent)} comes out as it was" if one.absent else ""
-        if one.state == "stale":
-            code, text = EXIT_REFUSED, f"refused: stale ({'; '.join(one.changes)})"
+        if refusal := _missing(job):
+            code, text = EXIT_REFUSED, f"refused: {refusal}"
+        elif one.state == "stale":
+            code, text = EXIT_REFUSED, f"refused: stale ({few(one.changes)})"
             if any(not change.endswith(" is stale") for change in one.changes):
                 text += f"; remove {' '.join(str(path) for path in _with_dependents(job, pipeline, found))}"
         elif one.state in ("running", "unknown"):
@@ -229,6 +237,14 @@ def explain(jobs: Sequence[Job], pipeline: Sequence[Job]) -> tuple[list[str], in
             ends = ends or code
         lines.append(f"{job.name:<{_width(found)}}  {text}")
     return lines, ends
+
+
+def _missing(job: Job) -> str:
+    try:
+        inputs.check_files(job)
+    except Refusal as refusal:
+        return str(refusal)
+    return ""
 
 
 def _with_dependents(job: Job, pipeline: Sequence[Job], found: dict[str, State]) -> list[Path]:
