@@ -36,6 +36,7 @@ class State:
     """Where a run stands. why: for a person. changes: the inputs that make it stale.
 
     checkpoint: the step it would go on from. absent: parents that are not whole. digest: of a whole one.
+    outdated: it is stale, or it comes of one that is, whether or not it is there.
     """
 
     name: str
@@ -46,6 +47,7 @@ class State:
     checkpoint: int | None = None
     absent: list[str] = field(default_factory=list)
     digest: str | None = None
+    outdated: bool = False
     time: str = ""
     progress: dict[str, Any] = field(default_factory=dict)
 
@@ -64,7 +66,10 @@ def states(jobs: Sequence[Job]) -> dict[str, State]:
     """The state of every run of a pipeline by name, in order; each data file is read once."""
     digest, found = cache(manifest.digest_file), dict[str, State]()
     for job in jobs:
-        found[job.name] = state_of(job.run_dir, job=job, known=found, digest=digest)
+        one = state_of(job.run_dir, job=job, known=found, digest=digest)
+        parents = [found[path.split("/")[1]] for path in job.parent_paths if path.startswith("../")]
+        old = one.state == "stale" or any(parent.outdated for parent in parents)
+        found[job.name] = replace(one, outdated=old)
     return found
 
 
@@ -105,11 +110,14 @@ def state_of(
 
 
 def _record(run_dir: Path) -> dict[str, Any]:
-    """The manifest of a run, or its state; {} where it has neither."""
-    if manifest.is_whole(run_dir):
-        return manifest.read_manifest(run_dir)
-    path = run_dir / manifest.STATE
-    return manifest.read_json(path) if path.is_file() else {}
+    """The manifest of a run, or its state; {} where it has neither; Refusal where it says too little."""
+    whole, path = manifest.is_whole(run_dir), run_dir / manifest.STATE
+    if not whole and not path.is_file():
+        return {}
+    record = manifest.read_manifest(run_dir) if whole else manifest.read_json(path)
+    if missing := {"fingerprint", "digest" if whole else "status"} - record.keys():
+        raise Refusal(f"{run_dir}: its record has no {sorted(missing)[0]}; remove the run and make it again")
+    return record
 
 
 def _unfinished(found: State, record: dict[str, Any]) -> State:
@@ -142,8 +150,9 @@ def _changes(
     absent: list[str] = []
     for path in job.parent_paths:
         parent = known.get(path.split("/")[1]) if path.startswith("../") else None
-        if parent and parent.state == "stale" and f"parent {path} has other contents" not in changes:
-            changes.append(f"parent {path} is stale")
+        if parent and parent.outdated and f"parent {path} has other contents" not in changes:
+            how = "is stale" if parent.state == "stale" else "comes of one that is stale"
+            changes.append(f"parent {path} {how}")
         if parent and not parent.digest:
             absent.append(path)
     return changes, absent
@@ -161,7 +170,7 @@ def _believed(run_dir: Path, path: str) -> str | None:
     if inside:
         soup = about.get("soup") if inside == [manifest.SOUP] else None
         return manifest.content_digest(soup) if soup else None
-    return about["digest"]
+    return about.get("digest")
 
 
 def _short(run_dir: Path, record: dict[str, Any], job: Job | None) -> str:
@@ -183,13 +192,21 @@ def _progress(run_dir: Path, record: dict[str, Any]) -> dict[str, Any]:
             cut = max(0, stream.seek(0, 2) - _TAIL)
             stream.seek(cut)
             whole = stream.read().split(b"\n")[1 if cut else 0 : -1]  # the last is not whole, or empty
-        lines = [json.loads(line) for line in whole]
+        lines = [one for line in whole if (one := _line(line))]
     if not lines:
         return {"step": 0, "num_steps": number}
     first, last = lines[0], lines[-1]
     num_steps, seconds = last["step"] - first["step"], last["seconds"] - first["seconds"]
     left = {"seconds_left": seconds / num_steps * (number - last["step"])} if num_steps else {}
     return {"step": last["step"], "num_steps": number, **left}
+
+
+def _line(text: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) and found.keys() >= {"step", "seconds"} else {}
 
 
 def _running(progress: dict[str, Any]) -> str:
@@ -214,7 +231,7 @@ def explain(jobs: Sequence[Job], pipeline: Sequence[Job]) -> tuple[list[str], in
             code, text = EXIT_REFUSED, f"refused: {refusal}"
         elif one.state == "stale":
             code, text = EXIT_REFUSED, f"refused: stale ({few(one.changes)})"
-            if any(not change.endswith(" is stale") for change in one.changes):
+            if any(not change.endswith("is stale") for change in one.changes):
                 text += f"; remove {' '.join(str(path) for path in _with_dependents(job, pipeline, found))}"
         elif one.state in ("running", "unknown"):
             code, text = EXIT_REFUSED, f"refused: {one.why}"
@@ -248,12 +265,12 @@ def _missing(job: Job) -> str:
 
 
 def _with_dependents(job: Job, pipeline: Sequence[Job], found: dict[str, State]) -> list[Path]:
-    """The directories of a run and of those made from it, as far as they are there."""
+    """The directories of a stale run and of those made from it, as far as they hold anything of it."""
     names = {job.name}
     for one in pipeline:
         if any(path[:3] == "../" and path.split("/")[1] in names for path in one.parent_paths):
             names.add(one.name)
-    return [one.run_dir for one in pipeline if one.name in names and found[one.name].state != "absent"]
+    return [one.run_dir for one in pipeline if one.name in names and found[one.name].state == "stale"]
 
 
 def _width(found: dict[str, State]) -> int:

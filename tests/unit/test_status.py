@@ -232,7 +232,7 @@ def test_a_process_under_way_is_told_with_its_step_and_the_time_left(place: Plac
         manifest.note(job.run_dir, num_steps=12)
         assert f"process {os.getpid()}, step 0/12" in place.status()["base"]
         lines = [{"step": step, "loss": 1.0, "seconds": 30.0 * step} for step in (1, 2, 3)]
-        text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo'
+        text = "not json\n" + "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo'
         (job.run_dir / "train_log.jsonl").write_text(text)
         assert place.status()["base"].endswith(f"process {os.getpid()}, step 3/12, 4 min 30 s left")
         code, told = place.explain()
@@ -285,6 +285,26 @@ def test_an_interrupted_run_goes_on_from_its_last_whole_checkpoint(place: Place)
     assert told["merge"].startswith("waits for parent ../apo_seed0 and ../apo_seed1")
 
 
+def test_a_run_that_holds_nothing_yet_begins_again_whatever_has_changed(place: Place) -> None:
+    trees.begin(place.jobs()["base"])
+    trees.edit(place.recipe / "base.yaml", num_steps=20)
+    assert place.status()["base"].startswith("interrupted")
+    code, told = place.explain()
+    assert code == 0
+    assert told["base"].startswith("would begin again")
+
+
+def test_what_is_no_run_of_ours_is_never_named_for_removal(made: Place) -> None:
+    trees.edit(made.recipe / "mid.yaml", num_steps=5)
+    for name in ("sft", "apo_seed0"):
+        shutil.rmtree(made.root / name)
+    (made.root / "sft").mkdir()
+    (made.root / "sft" / "thesis.tex").write_text("years of work")
+    assert "parent ../sft comes of one that is stale" in made.status()["apo_seed1"]
+    told = made.explain()[1]["mid"].partition("; remove ")[2].split(";")[0]
+    assert told == " ".join(str(made.root / name) for name in ("mid", "apo_seed1", "merge"))
+
+
 @pytest.mark.parametrize("state", ["failed", "refused", "interrupted"])
 def test_what_came_of_a_run_is_told_in_its_own_words(place: Place, state: str) -> None:
     job = place.jobs()["base"]
@@ -324,7 +344,7 @@ def test_a_whole_run_without_its_parent_is_kept_if_that_comes_out_as_it_was(made
     assert lines["sft"] == "kept, if ../mid comes out as it was"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 99}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 99}', '{"schema": 1}'])
 def test_what_is_no_run_or_unreadable_is_unknown_and_would_be_refused(made: Place, text: str) -> None:
     (made.root / "sft" / "manifest.json").write_text(text)
     shutil.rmtree(made.root / "base")
