@@ -294,6 +294,19 @@ def test_a_run_that_holds_nothing_yet_begins_again_whatever_has_changed(place: P
     assert told["base"].startswith("would begin again")
 
 
+def test_the_inputs_of_a_run_are_those_it_began_with(place: Place) -> None:
+    jobs = place.jobs()
+    for name in ("base", "long_context_1", "mid"):
+        trees.finish(jobs[name])
+    job = jobs["sft"]
+    parents, print_id = runner.examine(job)
+    trees.begin(job)
+    (place.recipe / "chats.jsonl").write_text("edited while it ran")
+    runner.record(job, parents, print_id, "failed", "step 3: the loss is nan")
+    digest = manifest.digest_text('{"text": "one"}\n')
+    assert manifest.read_json(job.run_dir / "state.json")["inputs"]["files"]["sources.chats"] == digest
+
+
 def test_what_is_no_run_of_ours_is_never_named_for_removal(made: Place) -> None:
     trees.edit(made.recipe / "mid.yaml", num_steps=5)
     for name in ("sft", "apo_seed0"):
@@ -327,9 +340,11 @@ def test_a_run_that_falls_short_of_its_gates_is_told_with_its_numbers(made: Plac
     trees.edit(made.recipe / "sft.yaml", gates={"think_greedy": {"min": 0.9}})
     assert "short" in made.status()["sft"]
     assert "think_greedy is 0.2, wanted at least 0.9" in made.status()["sft"]
+    trees.edit(made.recipe / "apo.yaml", max_tokens=256)
     code, told = made.explain()
-    assert code == 1
+    assert code == 1, "that of the first run that ends the command"
     assert "the chain stops there: think_greedy is 0.2" in told["sft"]
+    assert told["apo_seed0"].startswith("refused: stale")
     manifest.write_json(gate, short | {"digest": "sha256:of another"})
     assert made.status()["sft"].startswith("whole")
 
