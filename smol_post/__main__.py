@@ -17,6 +17,8 @@ COMMANDS = {
     "evals": "evaluate every whole checkpoint of a run folder",
     "eval": "measure one model, ours or any other, by a suite: probes, perplexity, modes",
     "report": "write report.html, report.md and metrics.json of a run folder",
+    "status": "where every run stands: absent, running, interrupted, whole, stale, and why; writes nothing",
+    "lineage": "what a run was made from, down to the base; --verify reads every file again",
     "compare": "print two runs side by side",
     "export": "write a variant of a checkpoint for inference at a longer context, by YaRN",
     "plan": "what a pipeline will cost: updates, hours, memory, disk; no torch, nothing is run",
@@ -86,6 +88,14 @@ def dispatch(command: str, rest: list[str]) -> int:
         from smol_post import export
 
         return export.export(rest)
+    if command == "status":
+        from smol_post import status
+
+        return status.status(rest)
+    if command == "lineage":
+        from smol_post import lineage
+
+        return lineage.lineage(rest)
     if command == "plan":
         from smol_post import budget
 

@@ -26,6 +26,9 @@ def run(argv: list[str]) -> int:
         "run", "Make every run of a recipe folder in order; whole runs whose fingerprint holds are kept."
     )
     parser.add_argument("--until", help="stop after this run; no evaluation")
+    parser.add_argument(
+        "--explain", action="store_true", help="say what would be done with each run and why; do nothing"
+    )
     arguments = parser.parse_args(argv)
     folder = Path(arguments.recipe)
     try:
@@ -41,6 +44,12 @@ def run(argv: list[str]) -> int:
             check_gates(job, suite, is_last=job.name == plan.pipeline[-1].name)
     except Refusal as refusal:
         return refuse(refusal)
+    if arguments.explain:
+        from smol_post.status import explain
+
+        lines, code = explain(jobs, plan.pipeline)
+        say("\n".join(lines))
+        return code
 
     def after(job: Job) -> int:
         from smol_post import evals as stage

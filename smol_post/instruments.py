@@ -133,6 +133,7 @@ class Instruments(TrainerCallback):
         self.begun = time.monotonic() - self.lap
         if state.is_world_process_zero:
             cut(self.run_dir / LOG, state.global_step)
+            manifest.note(self.run_dir, num_steps=state.max_steps)  # for `smol-post status`
             self.stream = (self.run_dir / LOG).open("a")
             if _columns():
                 self.bar = tqdm(

@@ -102,15 +102,45 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     return found
 
 
+def note(run_dir: Path, **facts: Any) -> None:
+    """Add to the state of a run under way; nothing where there is no state, as of what is only verified."""
+    path = run_dir / STATE
+    if path.is_file():
+        write_json(path, read_json(path) | facts)
+
+
+def write_manifest(run_dir: Path, tree: dict[str, Any]) -> None:
+    """Write the manifest, with a digest over all that it says (`record`)."""
+    tree = json.loads(json.dumps(tree, default=str))  # as it will be read
+    write_json(run_dir / MANIFEST, {**tree, "record": digest_tree(tree)})
+
+
+def record_holds(manifest: Mapping[str, Any]) -> bool | None:
+    """Whether a manifest says what was written; None where it is an older one, which cannot tell."""
+    if "record" not in manifest:
+        return None
+    return manifest["record"] == digest_tree({key: one for key, one in manifest.items() if key != "record"})
+
+
+def changed_files(wanted: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str]:
+    """Name -> "is missing", "was added" or "has changed", of files whose digests are not those wanted."""
+    what = {name: "has changed" if name in wanted else "was added" for name in found}
+    return {
+        name: what.get(name, "is missing")
+        for name in sorted({*wanted, *found})
+        if wanted.get(name) != found.get(name)
+    }
+
+
 def verify(run_dir: Path) -> dict[str, Any]:
     """The manifest, after every content file was hashed again and held against it."""
     manifest = read_manifest(run_dir)
-    found = content_files(run_dir)
-    for name in sorted({*manifest["files"], *found}):
-        wanted, have = manifest["files"].get(name), found.get(name)
-        if wanted != have:
-            what = "is missing" if have is None else "was added" if wanted is None else "has changed"
-            raise Refusal(f"{run_dir / name}: {what} since the run ended; restore it or make the run again")
+    if record_holds(manifest) is False:
+        raise Refusal(
+            f"{run_dir / MANIFEST}: has changed since the run ended; restore it or make the run again"
+        )
+    for name, what in changed_files(manifest["files"], content_files(run_dir)).items():
+        raise Refusal(f"{run_dir / name}: {what} since the run ended; restore it or make the run again")
     return manifest
 
 

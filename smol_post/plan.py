@@ -37,6 +37,7 @@ class Job:
     parent_paths: list[str]
     pinned: frozenset[str] = frozenset()  # its checkpoints that other runs start from: "checkpoint-300"
     scratch: Path | None = None  # where it is only verified, writing here what a run writes to run_dir
+    folder: Path | None = None  # of the pipeline.yaml it stands in; None: its recipe's
 
     def announce(self, text: str) -> None:
         """Show a line of this run to the person who waits."""
@@ -121,7 +122,10 @@ def _job(folder: Path, entry: config.Entry, root: Path, arguments: list[str], ta
     check_names(recipe, folder / entry.recipe)
     own = f"../{entry.name}/{manifest.CHECKPOINTS}/"
     pinned = frozenset(path.removeprefix(own).rstrip("/") for path in taken if path.startswith(own))
-    return Job(entry.name, recipe, folder / entry.recipe, root / entry.name, entry.parents, pinned)
+    run_dir = root / entry.name
+    return Job(
+        entry.name, recipe, folder / entry.recipe, run_dir, entry.parents, pinned=pinned, folder=folder
+    )
 
 
 def check_names(recipe: config.Recipe, path: Path) -> None:

@@ -26,72 +26,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from smol_post import config, disk, launch, loading, locks, manifest
+from smol_post import disk, inputs, launch, locks, manifest
+from smol_post.inputs import fingerprint
 from smol_post.launch import num_processes, rank, say
 from smol_post.locks import LOCK
 from smol_post.plan import Job, Parent, await_parents, make_plan, order, resolve_parent
 from smol_post.refusal import Failure, Refusal, Stopped
 
 EXIT_OK, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
-
-
-def fingerprint(job: Job, parents: list[Parent]) -> str:
-    """What decides a run's outcome: recipe, parents' digests, local data files, the package's version."""
-    recipe = _deciding(job.recipe.model_dump())
-    files: dict[str, str] = {}
-    for source in recipe.get("sources", []):
-        if source["path"] and config.is_local(source["path"]):
-            path = config.local_path(source["path"], job.recipe_file.parent)
-            if not path.exists():
-                raise Refusal(
-                    f"{job.recipe_file}: sources: '{source['name']}': {path} does not exist; "
-                    "paths count from the recipe's folder"
-                )
-            each = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
-            files.update({str(one): manifest.digest_file(one) for one in each})
-    template = recipe.get("chat_template")
-    if template and template.endswith(".jinja"):
-        files["template"] = manifest.digest_file(config.local_path(template, job.recipe_file.parent))
-    if recipe.get("gate"):
-        suite = job.recipe_file.parent / recipe["gate"]["suite"]
-        inner: Any = loading.load_recipe(suite)
-        files |= {str(one): manifest.digest_file(Path(one)) for one in [suite, *inner.files()]}
-    content = {"stage": job.recipe.stage, "recipe": recipe, "parents": [one.digest for one in parents]}
-    return manifest.digest_tree({**content, "files": sorted(files.values()), "smol_post": _version()})
-
-
-def _deciding(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without what does not change its run: what is proved, demanded and stated of it."""
-    kept = {key: one for key, one in recipe.items() if key not in ("verify", "gates", "stated_tokens")}
-    if "sources" in kept:
-        kept["sources"] = [
-            {key: one for key, one in source.items() if key != "size"} for source in kept["sources"]
-        ]
-    return kept
-
-
-def _version() -> str:
-    from smol_post import __version__
-
-    return __version__
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """`key: old -> new` for every leaf in which two recipes differ.
-
-    >>> differences({"a": {"b": 1}}, {"a": {"b": 2}})
-    ['a.b: 1 -> 2']
-    """
-    found: list[str] = []
-    for key in sorted({*old, *new}):
-        left, right = old.get(key), new.get(key)
-        if isinstance(left, dict) and isinstance(right, dict):
-            found += differences(left, right, f"{prefix}{key}.")
-        elif left != right:
-            found.append(
-                f"{prefix}{key}: {left} -> {right}" if len(f"{left}{right}") < 80 else f"{prefix}{key}"
-            )
-    return found
 
 
 def claim(job: Job, parents: list[Parent], print_id: str) -> TextIO | None:
@@ -139,28 +81,30 @@ def _clear(run_dir: Path) -> None:
 
 
 def _other_recipe(job: Job, old: dict[str, Any], parents: list[Parent], state: str) -> Refusal:
-    changed = differences(_deciding(old.get("recipe", {})), _deciding(job.recipe.model_dump()))
-    if [one["digest"] for one in old.get("parents", [])] != [one.digest for one in parents]:
-        changed.append("parents have other contents")
-    what = "; ".join(changed[:3]) or "data files or the package's version"
+    changed = inputs.changes(old, job, inputs.collect(job, {one.path: one.digest for one in parents}))
     return Refusal(
-        f"{job.run_dir}: holds a {state} run of something else ({what}); remove it, or "
-        "choose another --run-dir"
+        f"{job.run_dir}: holds a {state} run of something else ({'; '.join(changed[:3]) or inputs.UNNAMED}); "
+        "remove it, or choose another --run-dir"
     )
 
 
 def record(job: Job, parents: list[Parent], print_id: str, status: str, message: str = "") -> None:
-    """Write `state.json`: what this directory is being used for, and how it went."""
+    """Write `state.json`: what this directory is being used for, of what it is made, and how it went."""
+    path = job.run_dir / manifest.STATE
+    known = manifest.read_json(path) if status != "running" and path.is_file() else {}
+    made_of = known.get("inputs") or inputs.collect(job, {one.path: one.digest for one in parents})
     manifest.write_json(
-        job.run_dir / manifest.STATE,
+        path,
         {
             "run": job.name,
             "stage": job.recipe.stage,
             "status": status,
             "message": message,
             "fingerprint": print_id,
+            "origin": inputs.origin(job),
             "recipe": job.recipe.model_dump(),
             "parents": [{"path": one.path, "digest": one.digest} for one in parents],
+            "inputs": made_of,
             "time": manifest.now(),
         },
     )
@@ -255,20 +199,23 @@ def _keep_proofs(job: Job) -> None:
 
 def _finish(job: Job, parents: list[Parent], print_id: str, outcome: dict[str, Any], seconds: float) -> None:
     """Digest what was written and write the manifest last."""
-    files = manifest.content_files(job.run_dir)
+    files, soup = manifest.content_files(job.run_dir), job.run_dir / manifest.SOUP
     for name in files:
         manifest.sync(job.run_dir / name)
-    manifest.write_json(
-        job.run_dir / manifest.MANIFEST,
+    manifest.write_manifest(
+        job.run_dir,
         {
             "schema": manifest.SCHEMA,
             "run": job.name,
             "stage": job.recipe.stage,
             "recipe_file": str(job.recipe_file),
+            "origin": inputs.origin(job),
             "recipe": job.recipe.model_dump(),
             "fingerprint": print_id,
             "parents": [{"path": one.path, "digest": one.digest, "stage": one.stage} for one in parents],
+            "inputs": manifest.read_json(job.run_dir / manifest.STATE)["inputs"],
             "data": outcome.get("data"),
+            "documents": outcome.get("documents", []),
             "metrics": outcome.get("metrics", {}),
             "verified": _summary(job.run_dir / manifest.VERIFY),
             "versions": manifest.versions(),
@@ -278,6 +225,7 @@ def _finish(job: Job, parents: list[Parent], print_id: str, outcome: dict[str, A
             "finished": manifest.now(),
             "files": files,
             "digest": manifest.content_digest(files),
+            "soup": manifest.content_files(soup) if soup.is_dir() else {},
         },
     )
     (job.run_dir / manifest.STATE).unlink()

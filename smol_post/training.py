@@ -144,7 +144,8 @@ def train_on_packs(
         trainer, words.tokenizer, load=load, prepared=packs, recipe=recipe, run_dir=run_dir,
         only_verify=only_verify, pinned=pinned, announce=announce,
     )  # fmt: skip
-    return {"data": packs.ledger, "metrics": metrics}
+    stores = [store.folder.name for store in packs.stores]
+    return {"data": packs.ledger, "documents": stores, "metrics": metrics}
 
 
 def describe(ledger: dict[str, Any]) -> str:
@@ -242,7 +243,8 @@ def train_on_pairs(
         trainer, words.tokenizer, load=load, prepared=pairs, recipe=recipe, run_dir=run_dir,
         only_verify=only_verify, pinned=pinned, announce=announce,
     )  # fmt: skip
-    return {"data": pairs.ledger, "metrics": metrics}
+    stores = [store.folder.name for store in pairs.stores]
+    return {"data": pairs.ledger, "documents": stores, "metrics": metrics}
 
 
 def pack_trainer(

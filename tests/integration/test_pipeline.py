@@ -143,7 +143,7 @@ def test_an_edited_recipe_is_refused_with_the_key_that_changed(
     path.write_text(path.read_text().replace("num_steps: 4", "num_steps: 5"))
     before = snapshot(root)
     line = refused(command("smol-post", "run", recipe_folder, "--run-dir", root))
-    assert "mid: holds a whole run of something else (num_steps: 4 -> 5)" in line
+    assert "mid: holds a whole run of something else (recipe num_steps: 4 -> 5)" in line
     assert snapshot(root) == before
 
 
@@ -275,3 +275,90 @@ def test_the_long_context_checkpoint_says_what_it_was_trained_at(chain: Chain) -
             json.loads((chain[1] / later / "config.json").read_text())["rope_parameters"]
             == saved["rope_parameters"]
         )
+
+
+def test_a_copied_chain_holds_and_a_flipped_byte_or_an_edited_recipe_is_named(
+    chain: Chain, command: Command, recipe_folder: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(chain[1], tmp_path / "copied"))
+    done = command("smol-post", "lineage", "../merge", "--verify", cwd=root / "sft")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "note" not in done.stdout
+    assert done.stdout.count("\nok") == len(RUNS)
+    assert [line.split()[0] for line in done.stdout.splitlines() if line.endswith("as above")] == [
+        "../sft", "../long_context_1",
+    ]  # fmt: skip
+    for run in RUNS[:-1]:
+        made = manifest_of(root, run)
+        stores = {path.name for path in (root / "cache" / "documents").iterdir()}
+        assert set(made["documents"]) < stores
+        assert len(made["documents"]) == len(made["recipe"]["sources"])
+
+    place = root / "sft" / "model.safetensors"
+    content = bytearray(place.read_bytes())
+    content[-1] ^= 1
+    place.write_bytes(content)
+    store = next(root.glob(f"cache/documents/{manifest_of(root, 'mid')['documents'][0]}/tokens*.bin"))
+    store.unlink()
+    done = command("smol-post", "lineage", root / "merge", "--verify")
+    changed = [line for line in done.stdout.splitlines() if line.startswith("changed")]
+    assert done.returncode == 1
+    assert changed == [
+        f"changed  {root / 'apo_seed0'}: parent ../sft has other contents than it was made from",
+        f"changed  {place}: has changed",
+        f"changed  {store.parent}: prepared data has lost or changed files; remove it, it is made anew",
+        f"changed  {root / 'apo_seed1'}: parent ../sft has other contents than it was made from",
+    ]
+
+    path = recipe_folder / "sft.yaml"
+    path.write_text(path.read_text().replace("num_steps: 6", "num_steps: 7"))
+    done = command("smol-post", "status", recipe_folder, "--run-dir", root)
+    assert done.returncode == 0, done.stderr
+    told = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[1:-1])
+    assert [run for run in RUNS if told[run].startswith("stale")] == RUNS[3:]
+    assert told["sft"].endswith("recipe num_steps: 6 -> 7")
+    assert done.stdout.splitlines()[-1].startswith(
+        f"evals of {len(RUNS)} of {len(RUNS)} whole runs; report: "
+    )
+    done = command("smol-post", "status", chain[1])
+    assert [line.split()[1] for line in done.stdout.splitlines()[1:-1]] == ["whole"] * len(RUNS)
+
+
+def test_a_run_under_way_is_told_with_its_step_and_afterwards_where_it_would_go_on(
+    command: Command, environment: dict[str, str], recipe_folder: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "runs"
+    program = Path(sys.executable).with_name("smol-post")
+    path = recipe_folder / "base.yaml"
+    text = path.read_text().replace("num_steps: 12", "num_steps: 5000")
+    path.write_text(text.replace("trainer: {", "trainer: {save_strategy: steps, save_steps: 20, "))
+    running = subprocess.Popen(
+        [program, "base", path, "--run-dir", root],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        told, wanted = "", re.compile(r"base +running +process (\d+), step (\d+)/5000, .* left")
+        while running.poll() is None and not (found := wanted.search(told)):
+            told = command("smol-post", "status", recipe_folder, "--run-dir", root).stdout
+        assert running.poll() is None, told
+        assert found
+        os.kill(int(found[1]), 0)  # the process that is named is there
+        assert 0 < int(found[2]) < 5000
+        while not (root / "base" / "checkpoints" / "checkpoint-20" / "whole.json").is_file():
+            time.sleep(0.01)
+    finally:
+        running.terminate()
+        running.wait()
+    told = command("smol-post", "status", root).stdout
+    step = re.search(r"whole as far as step (\d+); base: interrupted", told)
+    assert step, told
+    explain = ["smol-post", "run", recipe_folder, "--run-dir", root, "--explain"]
+    done = command(*explain)
+    assert done.returncode == 0, done.stdout
+    assert re.search(rf"base +would go on from step {step[1]}\n", done.stdout)
+    path.write_text(text)
+    done = command(*explain)
+    assert done.returncode == 2
+    assert "recipe trainer.save_steps: 20 -> None" in done.stdout

@@ -142,7 +142,7 @@ def test_what_is_proved_is_no_part_of_what_is_made(folder: Path, capsys: pytest.
     assert "whole already, kept" in capsys.readouterr().out
     for command in (made, verified):
         assert command(folder, "verify=full", "num_steps=2") == 2
-        assert "holds a whole run of something else (num_steps: 1 -> 2)" in capsys.readouterr().err
+        assert "holds a whole run of something else (recipe num_steps: 1 -> 2)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

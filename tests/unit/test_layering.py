@@ -18,7 +18,10 @@ LAYERS = [
     {
         "launch",
         "plan",
+        "inputs",
         "runner",
+        "lineage",
+        "status",
         "chat",
         "messages",
         "encoding",

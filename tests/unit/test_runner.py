@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from smol_post import config, manifest, runner
+from smol_post import config, inputs, manifest, runner
 from smol_post.plan import Job, Parent, make_plan
 from smol_post.refusal import Failure, Refusal
 
@@ -142,7 +142,7 @@ def test_a_refused_run_can_be_made_after_the_remedy(job: Job) -> None:
 
 def test_differences_name_every_leaf(job: Job) -> None:
     other = changed(job, seed=3, trainer={**job.recipe.model_dump()["trainer"], "logging_steps": 7})
-    found = runner.differences(job.recipe.model_dump(), other.recipe.model_dump())
+    found = inputs.differences(job.recipe.model_dump(), other.recipe.model_dump())
     assert found == ["seed: 0 -> 3", "trainer.logging_steps: 2 -> 7"]
 
 
