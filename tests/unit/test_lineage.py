@@ -140,8 +140,8 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, Job]], None], list[str]]] = {
         ["base: is no run"],
     ),
     "packs": (
-        lambda tree: next((tree["sft"].run_dir.parent / "cache" / "documents" / "of_sft").iterdir()).unlink(),
-        ["documents/of_sft: prepared data has lost or changed files; remove it, it is made anew"],
+        lambda tree: flip(tree["sft"].run_dir.parent / "cache" / "documents" / "of_sft" / "tokens.bin"),
+        ["documents/of_sft: prepared data: tokens.bin has changed; remove it, it is made anew"],
     ),
     "a data file": (
         lambda tree: flip(tree["sft"].recipe_file.parent / "chats.jsonl"),
