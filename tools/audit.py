@@ -31,7 +31,7 @@ def verdict(output: str, errors: str) -> tuple[int, list[str]]:
         return 1, [f"audit: failed: {said}"]
     asked = [one for one in dependencies if "skip_reason" not in one]
     found = [
-        f"{one['name']} {one['version']}: {each['id']}, fixed in {', '.join(each['fix_versions']) or 'no version'}"
+        f"{one['name']} {one['version']}: {each['id']}, fixed in: {', '.join(each['fix_versions']) or '-'}"
         for one in asked
         for each in one["vulns"]
     ]
