@@ -143,7 +143,7 @@ def test_other_pickles_of_a_checkpoint_are_not_read_when_it_resumes(trained: Tra
     root, go_on = trained
     shutil.copytree(root / "checkpoints", tmp_path / "checkpoints")
     marker, planted = tmp_path / "it_ran", tmp_path / "checkpoints" / "checkpoint-2"
-    for name in ("training_args.bin", "pytorch_model.bin", "scaler.pt", "adapter_model.bin", "random_0.pkl"):
+    for name in ("training_args.bin", "pytorch_model.bin", "adapter_model.bin", "random_0.pkl"):
         torch.save(Trap(marker), planted / name)
     trainer = go_on(tmp_path)
     trainer.train(resume_from_checkpoint=str(planted))
