@@ -22,7 +22,19 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from smol_post import chat, config, data, launch_files, loading, manifest, model, plan, runner, scoring
+from smol_post import (
+    chat,
+    config,
+    data,
+    launch_files,
+    loading,
+    manifest,
+    model,
+    plan,
+    runner,
+    scoring,
+    sources,
+)
 from smol_post.refusal import Failure, Refusal, redacted
 from smol_post.report import Cell, Table, commands, to_markdown
 from smol_post.trust import check_checkpoint
@@ -425,6 +437,24 @@ def test_a_data_set_from_the_hub_is_recorded_by_its_commit_which_decides_its_fin
         assert read[-1] == commit
     assert [one["revisions"] for one in ledgers] == [{"s": "a" * 40}, {"s": "b" * 40}]
     assert ledgers[0]["fingerprint"] != ledgers[1]["fingerprint"]
+
+
+@pytest.mark.parametrize("own_code", [False, True])
+def test_a_folder_of_the_working_directory_does_not_stand_for_a_set_of_the_hub(
+    monkeypatch: pytest.MonkeyPatch, marker: Path, tmp_path: Path, own_code: bool
+) -> None:
+    """datasets would read it, with the commit of another recorded; a program in it is not run."""
+    (tmp_path / "here" / "org" / "set").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    source = config.Source(name="s", path="org/set", revision="a" * 40)
+    if own_code:
+        Path("org/set/set.py").write_text(PLANTED.format(marker=str(marker)))
+        with pytest.raises(Refusal, match="scripts are no longer supported"):
+            next(sources.read_rows(source, folder=tmp_path))
+    else:
+        with pytest.raises(Refusal, match="org/set is in the working directory too"):
+            sources.pin(source, tmp_path)
+    assert not marker.exists()
 
 
 # Secrets
