@@ -1,13 +1,17 @@
 """What the checkpoint of somebody else may bring: data. Held before any library opens the folder.
 
-*config*.json              auto_map names code: run only where the recipe says trust_remote_code: true
-adapter_config.json        transformers would load the model that it names in place of this one
-pytorch_model.bin          a pickle runs what it holds when it is read; weights are safetensors
-*.safetensors.index.json   names files of this folder and of no other
-other links                lead to files of this folder, or of its place in the Hub's cache
+    *config*.json              auto_map names code: run only where the recipe says trust_remote_code: true;
+                               attn_implementation with a / names a kernel of the Hub, code too
+    adapter_config.json        transformers would load the model that it names in place of this one
+    pytorch_model.bin          a pickle runs what it holds when it is read; weights are safetensors
+    *.safetensors.index.json   names files of this folder and of no other
+    other links                lead to files of this folder, or of its place in the Hub's cache
+
+What is no JSON, or of another shape, is left to the library that reads it.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from smol_post.refusal import Refusal
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+_KERNEL = re.compile(r'attn_implementation": (\{[^}]*: )?"[^"]*/')
 _COPIED = (".json", ".jinja", ".model", ".txt", ".py")  # by an export or a merge, into what may be published
 
 
@@ -35,22 +40,27 @@ def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> None:
                 ".from_pretrained(folder).save_pretrained(other_folder)"
             )
     for path in sorted(folder.glob("*.safetensors.index.json")):
-        for name in {str(one) for one in (_mapping(path).get("weight_map") or {}).values()}:
+        for name in {str(one) for one in _inner(_mapping(path), "weight_map")}:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise Refusal(
                     f"{path}: weight_map names {name!r}, wanted .safetensors of this folder; mend it"
                 )
     home = folder.resolve()
-    home = (
-        home.parents[1] if home.parent.name == "snapshots" else home
-    )  # links into blobs/ of the Hub's cache
+    if home.parent.name == "snapshots":  # whose files are links into blobs/, beside it
+        home = home.parents[1]
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.is_symlink() and path.suffix in _COPIED and home not in path.resolve().parents:
             raise Refusal(f"{path}: a link that leads out of its folder; put a copy of the file in its place")
 
 
 def _check_code(path: Path, *, trusted: bool) -> None:
-    for found in (_mapping(path).get("auto_map") or {}).values():
+    tree = _mapping(path)
+    if _KERNEL.search(json.dumps(tree)):
+        raise Refusal(
+            f"{path}: attn_implementation names a kernel of the Hub, which is code; remove the key, the "
+            "recipe says which attention is used"
+        )
+    for found in _inner(tree, "auto_map"):
         names = [one for one in (found if isinstance(found, list) else [found]) if one]
         if not trusted:
             raise Refusal(
@@ -63,9 +73,14 @@ def _check_code(path: Path, *, trusted: bool) -> None:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    """A JSON object; what is none is left to the library that reads it, which says so."""
+    """A JSON object; {} for what is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _inner(tree: dict[str, Any], key: str) -> list[Any]:
+    found = tree.get(key)
+    return list(found.values()) if isinstance(found, dict) else []

@@ -158,6 +158,37 @@ def test_every_loader_is_told_whether_code_may_run_so_that_none_asks_on_the_term
     assert sorted(told) == [["False"], ["False"], *[["trust_remote_code"]] * 3]
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"attn_implementation": "someone/kernel"},
+        {"_attn_implementation": "someone/kernel@main:forward"},
+        {"attn_implementation": {"text_config": "eager", "vision_config": "someone/kernel"}},
+        {"text_config": {"attn_implementation": "someone/kernel"}},
+    ],
+)
+def test_a_configuration_that_names_a_kernel_of_the_hub_is_refused(
+    folder: Path, keys: dict[str, Any]
+) -> None:
+    """transformers downloads and imports it, whatever trust_remote_code says."""
+    edit(folder / "config.json", **keys)
+    for trusted in (False, True):
+        with pytest.raises(Refusal, match="names a kernel of the Hub, which is code"):
+            model.load_config(folder, trust_remote_code=trusted)
+    edit(folder / "config.json", **dict.fromkeys(keys, None))
+    model.load_config(folder)
+
+
+def test_what_is_no_json_is_left_to_the_library_that_reads_it(folder: Path) -> None:
+    for name, text in (("config.json", "{"), ("tokenizer_config.json", "[]")):
+        (folder / name).write_text(text)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    edit(folder / "generation_config.json", auto_map="x")
+    check_checkpoint(folder)
+    with pytest.raises(Refusal, match=r"config\.json: not a model configuration"):
+        model.load_config(folder)
+
+
 def test_trusted_code_may_not_come_from_another_repository(folder: Path) -> None:
     edit(folder / "config.json", auto_map={"AutoConfig": "someone/else--own.C"})
     with pytest.raises(Refusal, match="code of another repository"):
