@@ -298,7 +298,9 @@ in_a_browser = pytest.mark.skipif(BROWSER is None, reason="not run: no Chromium 
 @in_a_browser
 @pytest.mark.parametrize(("name", "begins"), [("report", "smol_post: "), ("inspect", "inspect &lt;script")])
 def test_no_planted_script_runs_in_a_browser(tmp_path: Path, name: str, begins: str) -> None:
-    found = dom(write_pages(tmp_path)[name])
+    page = write_pages(tmp_path)[name]
+    page.write_text(re.sub("<meta http-equiv.*?>", "", page.read_text()))  # by escaping alone
+    found = dom(page)
     assert found.count("document.title=") > 5  # as text
     assert title(found).startswith(begins)
 
