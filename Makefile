@@ -15,7 +15,7 @@ comma := ,
 EXTRAS := dev$(comma)eval$(if $(filter Linux,$(SYSTEM)),$(comma)deepspeed$(comma)scale)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline prepare $(STAGES) evals report check test bench reproduce soak format clean
+.PHONY: help setup pipeline prepare $(STAGES) evals report check test audit bench reproduce soak format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+( [a-z-]+)*:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,12 @@ check: $(READY)  ## format, lint, types, unit and golden tests
 
 test: $(READY)  ## every test, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+AUDIT := .venv/audit
+audit:  ## known vulnerabilities of constraints.txt, by pip-audit in an environment of its own
+	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && \
+		$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1; } || true
+	@PATH="$(CURDIR)/$(AUDIT)/bin:$$PATH" $(PYTHON) tools/audit.py constraints.txt
 
 bench: $(READY)  ## measure against the peers; benchmarks/results
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks.run $(ARGS)

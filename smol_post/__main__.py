@@ -58,9 +58,10 @@ def main() -> None:
         print(__version__)
         sys.exit(0)
     if command not in COMMANDS:
-        from smol_post.refusal import did_you_mean
+        from smol_post.refusal import Refusal, did_you_mean
 
-        print(f"refused: {command}: no such command{did_you_mean(command, list(COMMANDS))}", file=sys.stderr)
+        unknown = Refusal(f"{command}: no such command{did_you_mean(command, list(COMMANDS))}")
+        print(f"refused: {unknown}", file=sys.stderr)
         sys.exit(2)
     try:
         sys.exit(dispatch(command, rest))

@@ -26,8 +26,11 @@ def run(recipe: ApoRecipe, parents: list[runner.Parent], job: runner.Job) -> dic
 
     (parent,) = parents
     model.use_threads(recipe.num_threads)
-    words = vocabulary.of_run(recipe, vocabulary.load_tokenizer(parent.folder), folder=job.recipe_file.parent)
-    load = functools.partial(model.load_model, parent.folder, attn_implementation=recipe.attention)
+    trusted = recipe.trust_remote_code
+    tokenizer = vocabulary.load_tokenizer(parent.folder, trust_remote_code=trusted)
+    words = vocabulary.of_run(recipe, tokenizer, folder=job.recipe_file.parent)
+    how: dict[str, Any] = {"attn_implementation": recipe.attention, "trust_remote_code": trusted}
+    load = functools.partial(model.load_model, parent.folder, **how)
     lm = adapters.start(load, recipe, new_ids=[])
     training.check_length(recipe, lm)
     live = load() if recipe.reference == "live" and not recipe.peft else None

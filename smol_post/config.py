@@ -181,6 +181,12 @@ class Training(Made):
         return math.ceil(steps / (math.ceil(every * steps) if every < 1 else every)) if steps else None
 
 
+class Continued(Training):
+    """Training that starts from a checkpoint; `trust_remote_code`: run the Python code that it brings."""
+
+    trust_remote_code: bool = False
+
+
 class Packed(Training):
     """Training on packs; `overlong_rows` says what happens to rows longer than a pack.
 
@@ -236,7 +242,7 @@ class BaseRecipe(Packed):
     tokenizer: TokenizerSpec
 
 
-class LongContextRecipe(Packed):
+class LongContextRecipe(Packed, Continued):
     """Long-context extension: RoPE theta and sequence length grow, documents stay isolated."""
 
     stage: Literal["long_context"]
@@ -248,7 +254,7 @@ class LongContextRecipe(Packed):
     add_tokens: list[str] = []
 
 
-class MidRecipe(Packed):
+class MidRecipe(Packed, Continued):
     """Reasoning mid-training: ChatML, wrapped packing, loss on all tokens."""
 
     stage: Literal["mid"]
@@ -277,7 +283,7 @@ class Peft(Strict):
     load_in_4bit: bool = False
 
 
-class SftRecipe(Packed):
+class SftRecipe(Packed, Continued):
     """Dual-mode SFT: BFD packing over the whole set, loss on assistant turns."""
 
     stage: Literal["sft"]
@@ -289,7 +295,7 @@ class SftRecipe(Packed):
     peft: Peft | None = None
 
 
-class ApoRecipe(Training):
+class ApoRecipe(Continued):
     """Anchored preference optimisation; `global_batch_size` counts pairs, `max_tokens` is of one side.
 
     A process cuts its share of the batch into micro-batches of at most `micro_batch_tokens` tokens; the loss
@@ -406,7 +412,8 @@ class Harness(Strict):
 
     base: text without a chat template. num_fewshot, max_new_tokens: None is the task's own. temperature: None
     is greedy decoding. limit: the first documents only. include_path: a folder with task files of one's own,
-    counted from the recipe's; their data files count from that folder.
+    counted from the recipe's; their data files count from that folder. Task files are programs (`!function`
+    names Python code beside them, which runs): give a folder only where you would run its code.
     """
 
     tasks: list[str] = Field(min_length=1)
@@ -588,7 +595,7 @@ class Pipeline(Strict):
         known: list[str] = []
         for entry in self.runs:
             where = f"runs: '{entry.name}'"
-            if entry.name in known or entry.name == "evals":
+            if entry.name in known or entry.name in ("cache", "evals"):
                 raise ValueError(f"{where} is used twice or reserved; every run needs a name of its own")
             low, high = NUM_PARENTS[entry.stage]
             if not low <= len(entry.parents) <= high:
@@ -597,6 +604,10 @@ class Pipeline(Strict):
                     f"{where} has {len(entry.parents)} parents; stage {entry.stage} wants {wanted}"
                 )
             for parent in entry.parents:
+                if parent.startswith("../") and ".." in parent[3:].split("/"):
+                    raise ValueError(
+                        f"{where} has the parent '{parent}', which leads out of the runs; mend it"
+                    )
                 if parent.startswith("../") and parent[3:].split("/")[0] not in known:
                     hint = did_you_mean(parent[3:].split("/")[0], known)
                     raise ValueError(f"{where} has the parent '{parent}', which is no earlier run{hint}")

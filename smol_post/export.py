@@ -15,6 +15,7 @@ from smol_post import __version__, manifest
 from smol_post.plan import say
 from smol_post.refusal import Refusal
 from smol_post.runner import EXIT_OK, Parser, interrupt_on_sigterm, refuse
+from smol_post.trust import check_checkpoint
 
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 EXPORT = "export.json"
@@ -82,6 +83,7 @@ def write(folder: Path, out: Path, *, context: int) -> dict[str, Any]:
     the live RoPE is not YaRN.
     """
     _check_place(folder, out)
+    check_checkpoint(folder)
     tree = manifest.read_json(folder / CONFIG)
     changes = yarn(tree, context=context, where=folder / CONFIG)
     source, files = _source(folder)

@@ -18,14 +18,13 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from smol_post import hub, scoring
 from smol_post.config import Harness
 from smol_post.refusal import Refusal, did_you_mean
-from smol_post.scoring import END_THINK, THINK
+from smol_post.scoring import END_THINK, TEMPLATE_ERRORS, THINK
 
 try:
     import lm_eval
@@ -55,7 +54,7 @@ class Checkpoint(HFLM):
         how = {**ends, "continue_final_message": not add_generation_prompt, **self.chat_template_args}
         try:
             return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **how)
-        except TemplateError as error:
+        except TEMPLATE_ERRORS as error:
             raise Refusal(f"harness: the chat template takes no such chat ({error}); ask mode base") from None
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:

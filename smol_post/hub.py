@@ -25,12 +25,15 @@ def refusing(what: str) -> Iterator[None]:
         ) from None
 
 
-def checkpoint(path: str, *, weights: bool = True, what: str = "parent") -> Path:
-    """`org/name@revision` as a local folder, downloaded where it is not cached; its name is the commit."""
+def checkpoint(path: str, *, weights: bool = True, code: bool = False, what: str = "parent") -> Path:
+    """`org/name@revision` as a local folder, downloaded where it is not cached; its name is the commit.
+
+    `code`: with its Python files.
+    """
     from huggingface_hub import snapshot_download
 
     repository, _, revision = path.partition("@")
-    files = CHECKPOINT_FILES if weights else CHECKPOINT_FILES[1:]
+    files = CHECKPOINT_FILES[not weights :] + ["*.py"] * code
     with refusing(f"{what} {path}"):
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
 

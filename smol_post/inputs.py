@@ -89,6 +89,8 @@ def fingerprint(job: "Job", parents: list["Parent"]) -> str:
 def deciding(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe without what does not change its run: what is proved, demanded and stated of it."""
     kept = {key: one for key, one in recipe.items() if key not in ("verify", "gates", "stated_tokens")}
+    if not kept.get("trust_remote_code"):  # as it was before recipes had the key
+        kept.pop("trust_remote_code", None)
     if "sources" in kept:
         kept["sources"] = [
             {key: one for key, one in source.items() if key != "size"} for source in kept["sources"]

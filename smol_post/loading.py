@@ -7,6 +7,7 @@ recipe.
     (['trainer', 'learning_rate'], 0.001)
 """
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,10 +15,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from smol_post.config import RECIPES, Entry, EvalsRecipe, Pipeline, Recipe, Strict, Training
-from smol_post.refusal import Refusal, describe, did_you_mean, text_number
+from smol_post.refusal import SECRET, Refusal, describe, did_you_mean, text_number
 from smol_post.trainer_block import check_trainer_block
 
 T = TypeVar("T", bound=Strict)
+_SECRET_KEY = re.compile(
+    r"^((hub|hf|auth|access|bearer|secret)_?)?token$|api_?key|password|passwd|secret|credential",
+    re.IGNORECASE,
+)
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
@@ -148,6 +153,7 @@ def load_recipe(
     if not isinstance(stage, str) or stage not in RECIPES:
         hint = did_you_mean(str(stage), list(RECIPES))
         raise Refusal(f"{path}: stage: found {describe(stage)}, wanted the stage of this recipe{hint}")
+    _check_secrets(tree, where=str(path))
     recipe = validate(RECIPES[stage], tree, where=str(path))
     if isinstance(recipe, Training):
         check_trainer_block(stage, recipe.trainer, where=str(path))
@@ -161,7 +167,22 @@ def load_pipeline(folder: Path) -> Pipeline:
         raise Refusal(
             f"{path}: no such file; a recipe folder lists its runs there (see recipes/tiny/pipeline.yaml)"
         )
-    return validate(Pipeline, read_yaml(path), where=str(path))
+    tree = read_yaml(path)
+    _check_secrets(tree, where=str(path))
+    return validate(Pipeline, tree, where=str(path))
+
+
+def _check_secrets(tree: Any, *, where: str) -> None:
+    """Refusal where a key is for a secret, or a value looks like one: recipes are written into manifests."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        at = f"{where}: {key}" if where.endswith((".yaml", ".yml")) else f"{where}.{key}"
+        if isinstance(value, dict | list):
+            _check_secrets(value, where=at)
+        if _SECRET_KEY.search(str(key)) or (isinstance(value, str) and SECRET.search(value)):
+            raise Refusal(
+                f"{at}: a recipe holds no secrets, as it is kept with its runs; take it out, and give it in "
+                "the environment (HF_TOKEN, WANDB_API_KEY) or by `hf auth login`"
+            )
 
 
 def load_entry(folder: Path, entry: Entry, *, arguments: list[str] | None = None) -> Recipe:

@@ -22,12 +22,15 @@ def run(recipe: LongContextRecipe, parents: list[runner.Parent], job: runner.Job
     from smol_post import model, training, vocabulary
 
     (parent,) = parents
-    words = vocabulary.of_run(recipe, vocabulary.load_tokenizer(parent.folder), folder=job.recipe_file.parent)
+    trusted = recipe.trust_remote_code
+    tokenizer = vocabulary.load_tokenizer(parent.folder, trust_remote_code=trusted)
+    words = vocabulary.of_run(recipe, tokenizer, folder=job.recipe_file.parent)
     lm = model.load_model(
         parent.folder,
         attn_implementation=recipe.attention,
         rope_theta=recipe.rope_theta,
         max_position_embeddings=recipe.max_tokens,
+        trust_remote_code=trusted,
     )
     model.embed_new(lm, words.new_ids)
     return training.train_on_packs(recipe, lm, words, **job.place())

@@ -28,7 +28,7 @@ SOUP = "soup"  # inside a merge: the average before the last merge
 GATES = "gates"  # beside the evals: gates_<run>.json, what a run's recipe demands of it
 VERIFY = "verify.json"  # what was proved before step 1
 _NOT_CONTENT = {MANIFEST, STATE, VERIFY, SEAL, "bad_batch.json", "instruments.json", "trainer_state.json"}
-_CONTENT_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
+_CONTENT_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
 _PACKAGES = (
     "torch",
     "transformers",

@@ -190,6 +190,7 @@ def linear(
     options = MergeOptions(
         copy_tokenizer=True,
         lazy_unpickle=True,
+        trust_remote_code=False,
         write_model_card=False,
         quiet=True,
         out_shard_size=recipe.out_shard_size,

@@ -19,8 +19,10 @@ def run(recipe: MidRecipe, parents: list[runner.Parent], job: runner.Job) -> dic
     from smol_post import model, training, vocabulary
 
     (parent,) = parents
-    words = vocabulary.of_run(recipe, vocabulary.load_tokenizer(parent.folder), folder=job.recipe_file.parent)
-    lm = model.load_model(parent.folder, attn_implementation=recipe.attention)
+    trusted = recipe.trust_remote_code
+    tokenizer = vocabulary.load_tokenizer(parent.folder, trust_remote_code=trusted)
+    words = vocabulary.of_run(recipe, tokenizer, folder=job.recipe_file.parent)
+    lm = model.load_model(parent.folder, attn_implementation=recipe.attention, trust_remote_code=trusted)
     training.check_length(recipe, lm)
     model.embed_new(lm, words.new_ids)
     model.set_chat(lm, words.tokenizer)

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from smol_post import attention
 from smol_post.refusal import Refusal
+from smol_post.trust import check_checkpoint
 from smol_post.vocabulary import token_id
 
 logging.disable_progress_bar()  # of transformers; progress is ours to show
@@ -58,6 +59,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     rope_theta: float | None = None,
     max_position_embeddings: int | None = None,
+    trust_remote_code: bool = False,
     **quantized: Any,
 ) -> PreTrainedModel:
     """The checkpoint in `folder` as a causal language model, in `dtype` (float32 to train: master weights).
@@ -66,9 +68,9 @@ def load_model(
 
     `rope_theta` and `max_position_embeddings` replace the checkpoint's before the model is built; the live
     frequencies are then held against the configuration. Raises Refusal where the folder is no checkpoint, a
-    weight is missing, or the model keeps its RoPE elsewhere.
+    weight is missing, or the model keeps its RoPE elsewhere; and as `trust.check_checkpoint` does.
     """
-    config = load_config(folder)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
     if rope_theta is not None:
         parameters = dict(getattr(config, "rope_parameters", None) or {})
         if "rope_theta" not in parameters:
@@ -90,6 +92,8 @@ def load_model(
             dtype=dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
             ignore_mismatched_sizes=True,  # so that the next lines name them
             **quantized,
         )
@@ -109,12 +113,13 @@ def load_model(
     return model
 
 
-def load_config(folder: Path) -> PreTrainedConfig:
-    """config.json of a checkpoint; Refusal where it is missing or unreadable."""
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """config.json of a checkpoint; Refusal where it is missing, unreadable or not to be trusted."""
+    check_checkpoint(folder, trust_remote_code=trust_remote_code)
     if not (folder / "config.json").is_file():
         raise Refusal(f"{folder}: no config.json, so no Hugging Face checkpoint; mend the parent")
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Refusal(
@@ -174,7 +179,7 @@ def yarn_frequencies(config: PreTrainedConfig, *, context: int) -> tuple[torch.T
 def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
     """The modules that a configuration builds, their tensors without memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def use_yarn(model: PreTrainedModel, config: PreTrainedConfig) -> None:

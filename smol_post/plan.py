@@ -214,7 +214,7 @@ def resolve_parent(job: Job, path: str, *, rehash: bool = True) -> Parent:
         raise Refusal(
             f"parent {path}: found a relative folder, wanted ../run, an absolute folder or a Hub id"
         )
-    folder = hub.checkpoint(path)
+    folder = hub.checkpoint(path, code=getattr(job.recipe, "trust_remote_code", False))
     return Parent(path, folder, f"hub:{path.partition('@')[0]}@{folder.name}", None)
 
 

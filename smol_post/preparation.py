@@ -43,15 +43,15 @@ def parent_tokenizer(
         return vocabulary.tiny_tokenizer(
             vocab_size=spec.vocab_size, seed=spec.corpus_seed, date_string=job.recipe.date_string
         )
-    path = job.parent_paths[0]
+    path, trusted = job.parent_paths[0], getattr(job.recipe, "trust_remote_code", False)
     if not path.startswith("../"):
-        return vocabulary.load_tokenizer(
-            Path(path).expanduser() if path.startswith(("/", "~")) else hub.checkpoint(path, weights=False)
-        )
+        own = path.startswith(("/", "~"))
+        folder = Path(path).expanduser() if own else hub.checkpoint(path, weights=False, code=trusted)
+        return vocabulary.load_tokenizer(folder, trust_remote_code=trusted)
     parent = next(one for one in pipeline if one.name == path[3:].split("/")[0])
     if parent.name not in known:
         if manifest.is_whole(parent.run_dir):
-            known[parent.name] = vocabulary.load_tokenizer(parent.run_dir)
+            known[parent.name] = vocabulary.load_tokenizer(parent.run_dir, trust_remote_code=trusted)
         else:
             start = parent_tokenizer(parent, pipeline, known)
             if isinstance(parent.recipe, config.Training):

@@ -2,14 +2,38 @@
 
 import difflib
 import json
+import re
 from typing import Any
 
+# Tokens by the forms in use, the user part of a URL, and signed queries.
+SECRET = re.compile(
+    r"\b(?:hf_|gh[pousr]_|sk-)[A-Za-z0-9]{20,}|\b(?:github_pat_|glpat-|sk-(?:proj|ant)-)[\w-]{20,}"
+    r"|\bAKIA[0-9A-Z]{16}\b|(?<=://)[^/\s@'\"]+(?=@)"
+    r"|(?<=[?&])(?i:[\w-]*(?:token|signature|secret|api_?key))=[^&\s'\"]+"
+)
 
-class Refusal(Exception):
+
+def redacted(text: str) -> str:
+    """A text without what looks like a secret.
+
+    >>> redacted("https://ann:pw@host/rows.jsonl?page=2 with hf_abcdefghijklmnopqrstuvw")
+    'https://***@host/rows.jsonl?page=2 with ***'
+    """
+    return SECRET.sub("***", text)
+
+
+class _Line(Exception):
+    """One line for a person, which ends in logs and in state.json."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(redacted(text))
+
+
+class Refusal(_Line):
     """Input we will not run: one line that says where, what was found, what was wanted and what to do."""
 
 
-class Failure(Exception):
+class Failure(_Line):
     """A run that cannot go on, for a reason we know: one line as in a Refusal, exit code 1, no traceback."""
 
 

@@ -15,6 +15,7 @@ import html
 import json
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -352,7 +353,8 @@ def commands(run_root: Path, runs: list[Point]) -> list[str]:
     """What to type to make this run root again."""
     files = [run.manifest["recipe_file"] for run in runs if run.manifest.get("recipe_file")]
     folder = Path(files[0] if files else "recipes/tiny/base.yaml").parent.as_posix()
-    make, run, place = "make pipeline", f"smol-post run {folder}", run_root.as_posix()
+    folder, place = (shlex.quote(" ".join(one.split())) for one in (folder, run_root.as_posix()))
+    make, run = "make pipeline", f"smol-post run {folder}"
     if folder != "recipes/tiny":
         make += f" RECIPE={folder}"
     return [make, run] if place == "runs/tiny" else [f"{make} RUN={place}", f"{run} --run-dir {place}"]
@@ -371,7 +373,7 @@ def to_markdown(table: Table) -> str:
 
 
 def _markdown(text: str) -> str:
-    return re.sub(r"([|\[`])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    return re.sub(r"([\\|\[`])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def write_report(run_root: Path, *, runs: Sequence[str]) -> tuple[Path, Path]:

@@ -31,7 +31,8 @@ from smol_post.inputs import fingerprint
 from smol_post.launch import num_processes, rank, say
 from smol_post.locks import LOCK
 from smol_post.plan import Job, Parent, await_parents, make_plan, order, resolve_parent
-from smol_post.refusal import Failure, Refusal, Stopped
+from smol_post.refusal import Failure, Refusal, Stopped, redacted
+from smol_post.trust import check_checkpoint
 
 EXIT_OK, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
 
@@ -113,6 +114,9 @@ def record(job: Job, parents: list[Parent], print_id: str, status: str, message:
 def examine(job: Job) -> tuple[list[Parent], str]:
     """The parents of a run, found and verified, and its fingerprint; Refusal where a parent is not whole."""
     parents = [resolve_parent(job, path) for path in job.parent_paths]
+    for parent in parents:
+        trusted = getattr(job.recipe, "trust_remote_code", False)
+        check_checkpoint(parent.folder, trust_remote_code=trusted)
     return parents, fingerprint(job, parents)
 
 
@@ -170,8 +174,8 @@ def _guarded(job: Job, parents: list[Parent], print_id: str, started: float | No
         if started is not None:
             say(message, error=True)
     except Exception as error:  # noqa: BLE001  the last door: written down, then shown in full
-        message = f"{type(error).__name__}: {error}"
-        traceback.print_exc()
+        message = redacted(f"{type(error).__name__}: {error}")
+        sys.stderr.write(redacted(traceback.format_exc()))
     if started is not None:
         _keep_proofs(job)
         if not manifest.is_whole(job.run_dir):

@@ -24,6 +24,7 @@ from smol_post.refusal import Refusal, describe
 
 Metric = dict[str, float]
 THINK, END_THINK = "<think>", "</think>"
+TEMPLATE_ERRORS = (TemplateError, TypeError, AttributeError, LookupError)  # of a chat template being rendered
 _THINK = re.compile(r"\s*<think>\s*\S.*?</think>(?P<answer>.*)", re.DOTALL)
 _OPENED = re.compile(r"<think>\s*(</think>\s*)?\Z")  # what a template may write before the model speaks
 _EMPTY = re.compile(r"\s*<think>\s*</think>")
@@ -180,7 +181,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *
     """A chat, as its template writes it, up to where the model speaks; Refusal where the template refuses."""
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **how)
-    except TemplateError as error:
+    except TEMPLATE_ERRORS as error:
         roles = ", ".join(message["role"] for message in messages)
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Refusal(

@@ -18,10 +18,13 @@ def run(recipe: SftRecipe, parents: list[runner.Parent], job: runner.Job) -> dic
     from smol_post import adapters, model, training, vocabulary
 
     (parent,) = parents
-    words = vocabulary.of_run(recipe, vocabulary.load_tokenizer(parent.folder), folder=job.recipe_file.parent)
+    trusted = recipe.trust_remote_code
+    tokenizer = vocabulary.load_tokenizer(parent.folder, trust_remote_code=trusted)
+    words = vocabulary.of_run(recipe, tokenizer, folder=job.recipe_file.parent)
 
     def load(**quantized: Any) -> Any:
-        lm = model.load_model(parent.folder, attn_implementation=recipe.attention, **quantized)
+        how: dict[str, Any] = {"attn_implementation": recipe.attention, "trust_remote_code": trusted}
+        lm = model.load_model(parent.folder, **how, **quantized)
         training.check_length(recipe, lm)
         model.embed_new(lm, words.new_ids)
         model.set_chat(lm, words.tokenizer)

@@ -302,7 +302,10 @@ def _refusing(source: Source) -> Iterator[None]:
     """Turn what the libraries raise where a source cannot be read into a Refusal."""
     try:
         yield
-    except (OSError, ValueError, KeyError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+    except (
+        *(OSError, ValueError, KeyError, pa.ArrowException, datasets.exceptions.DatasetsError),
+        RuntimeError,  # a set that is a program
+    ) as error:
         raise _unreadable(source, error) from None
 
 
@@ -327,6 +330,11 @@ def pin(source: Source, folder: Path) -> tuple[Source, Any]:
             raise Refusal(
                 f"source '{source.name}': {source.path} is a folder here and reads like a Hub data set; "
                 f"write ./{source.path}"
+            )
+        if Path(source.path).exists():  # datasets would read it, and the commit would be recorded
+            raise Refusal(
+                f"source '{source.name}': {source.path} is in the working directory too and reads like a Hub "
+                f"data set; start from another directory, or write {Path(source.path).absolute()}"
             )
         commit = hub.dataset_revision(source.path, revision=source.revision, source=source.name)
         return source.model_copy(update={"revision": commit}), commit

@@ -36,6 +36,7 @@ OWNED = {
     "truncation_mode": "overlong_rows",
     "precompute_ref_log_probs": "reference",
     "precompute_ref_batch_size": "micro_batch_tokens",
+    "trust_remote_code": "trust_remote_code",
     "resume_from_checkpoint": "nothing: an unfinished run resumes by itself",
 }
 # The preference losses of TRL that this stage is for: APO, and what it is compared with.

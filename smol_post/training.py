@@ -320,10 +320,12 @@ def _loss_of(lm: Any, ids: Any, device: torch.device) -> float:
     return float(total) / max(len(ids) - 1, 1)
 
 
-def check_reloaded(run_dir: Path, ids: Any, live: float, *, rounded: bool) -> None:
+def check_reloaded(
+    run_dir: Path, ids: Any, live: float, *, rounded: bool, trust_remote_code: bool = False
+) -> None:
     """The saved checkpoint, loaded on the CPU, gives the loss of the model in memory; Failure if not."""
     unset_hf_deepspeed_config()  # else ZeRO-3 would part this model too, over processes that have ended
-    saved = model.load_model(run_dir, attn_implementation="sdpa")
+    saved = model.load_model(run_dir, attn_implementation="sdpa", trust_remote_code=trust_remote_code)
     add_scoring(saved)
     found = _loss_of(saved, ids, torch.device("cpu"))
     if not math.isclose(found, live, rel_tol=proofs.LOSS[rounded], abs_tol=proofs.LOSS[rounded]):
@@ -444,7 +446,9 @@ def fit(
         model.check_saved(shapes, run_dir)
         block = getattr(recipe, "peft", None)
         if not block or not block.load_in_4bit:  # else merged into what was not rounded
-            check_reloaded(run_dir, ids, live, rounded=rehearsal.rounded(trainer.accelerator))
+            trusted = getattr(recipe, "trust_remote_code", False)
+            rounded = rehearsal.rounded(trainer.accelerator)
+            check_reloaded(run_dir, ids, live, rounded=rounded, trust_remote_code=trusted)
         shutil.rmtree(note.parent / TORN, ignore_errors=True)
         if not checkpoints(note.parent):
             shutil.rmtree(note.parent)

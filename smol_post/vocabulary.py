@@ -17,6 +17,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, Pre
 from smol_post import chat, synthetic
 from smol_post.config import ApoRecipe, MidRecipe, SftRecipe, Training
 from smol_post.refusal import Refusal
+from smol_post.trust import check_checkpoint
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL = [END_OF_TEXT, "<|im_start|>", chat.END_OF_TURN]
@@ -84,10 +85,11 @@ def _try_template(tokenizer: PreTrainedTokenizerBase, template: str, *, name: st
         ) from None
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer saved in a checkpoint; Refusal where there is none, or one that cannot be trusted."""
+    check_checkpoint(folder, trust_remote_code=trust_remote_code)
     try:
-        loaded = AutoTokenizer.from_pretrained(folder)
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise Refusal(
             f"{folder}: no loadable tokenizer ({str(error).splitlines()[0]}); save one there"

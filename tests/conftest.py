@@ -15,11 +15,16 @@ import smol_post
 REPO = Path(smol_post.__file__).parents[1]
 BIN = Path(sys.executable).parent
 RECIPE = Path(__file__).parent / "integration" / "recipe"
-# One thread, so that sums are taken in the same order everywhere; no network; no launcher of our own caller.
+# One thread, so that sums are taken in the same order everywhere; no network; no launcher of our own caller;
+# secrets that are nobody's, which must turn up nowhere.
 ENVIRONMENT = {
     **{key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}},
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
+    "HF_TOKEN": "hf_plantedAaBbCcDdEeFfGgHhIiJjKkLlMmNn",
+    "HUGGING_FACE_HUB_TOKEN": "hf_plantedOoPpQqRrSsTtUuVvWwXxYyZz0011",
+    "WANDB_API_KEY": "planted0123456789abcdef0123456789abcdef0",
+    "OPENAI_API_KEY": "sk-proj-plantedAaBbCcDdEeFfGgHhIiJj",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONPATH": os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]),
 }
@@ -68,6 +73,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., Any])
     recipe = Path(shutil.copytree(RECIPE, where / "recipe"))
     made = command("smol-post", "run", recipe, "--run-dir", where / "runs")
     assert made.returncode == 0, made.stdout + made.stderr
+    (where / "output.txt").write_text(made.stdout + made.stderr)
     return recipe, where / "runs"
 
 

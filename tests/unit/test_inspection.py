@@ -423,7 +423,8 @@ def test_the_page_needs_no_network_and_filters_by_source_and_mode(prepare: Prepa
         page = to_html(rows, title="inspect", ledger=made.ledger)
         tags = Page(page).tags
         assert not any({"src", "href"} & found.keys() for _, found in tags)
-        assert "http" not in page
+        assert "http:" not in page
+        assert "https:" not in page
         assert "@import" not in page
         assert [found["name"] for tag, found in tags if tag == "select"] == ["source", "mode"]
         for name in {row.source for row in rows} | {row.mode for row in rows}:

@@ -14,7 +14,7 @@ import smol_post
 PACKAGE = Path(smol_post.__file__).parent
 STAGES = {"base", "long_context", "mid", "sft", "apo", "merge", "evals"}
 LAYERS = [
-    {"__init__", "refusal", "trainer_block", "config", "loading", "manifest", "locks", "disk"},
+    {"__init__", "refusal", "trainer_block", "config", "loading", "manifest", "trust", "locks", "disk"},
     {
         "launch",
         "plan",
