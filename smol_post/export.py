@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from smol_post import __version__, manifest
+from smol_post.config import local_path
 from smol_post.plan import say
 from smol_post.refusal import Refusal
 from smol_post.runner import EXIT_OK, Parser, interrupt_on_sigterm, refuse
@@ -91,7 +92,7 @@ def write(folder: Path, out: Path, *, context: int) -> dict[str, Any]:
     tokenizer = manifest.read_json(folder / TOKENIZER) if TOKENIZER in files else {}
     if tokenizer.get("model_max_length", _UNLIMITED) < _UNLIMITED:
         new[TOKENIZER] = tokenizer | {"model_max_length": context}
-    place = out.resolve()
+    place = local_path(str(out), Path())
     part = place.with_name(f".{place.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
@@ -126,7 +127,7 @@ def _check_place(folder: Path, out: Path) -> None:
         raise Refusal(f"{folder}: found an unfinished run, wanted a whole one; finish it first")
     if not (folder / CONFIG).is_file():
         raise Refusal(f"{folder}: found no {CONFIG}, so no checkpoint; name a run such as runs/tiny/merge")
-    if folder.resolve() in out.resolve().parents:
+    if local_path(str(folder), Path()) in local_path(str(out), Path()).parents:
         raise Refusal(f"{out}: lies inside {folder}, which stays as it is; name a folder elsewhere")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise Refusal(f"{out}: exists and is no empty folder; name another, or remove it")
@@ -140,7 +141,8 @@ def _source(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     files: dict[str, str] = run["files"]
     weights = {name for name in files if name.endswith(".safetensors")}
     if _INDEX in files:
-        weights |= set(manifest.read_json(folder / _INDEX)["weight_map"].values())
+        index = manifest.read_json(folder / _INDEX, remedy="mend it", wanted={"weight_map": dict})
+        weights |= set(map(str, index["weight_map"].values()))
     for name in sorted(weights):
         try:
             safe_open(folder / name, framework="np").__exit__(None, None, None)  # its header fits its size

@@ -101,7 +101,10 @@ class Instruments(TrainerCallback):
         self.trainer.tally.clear()  # what was computed before step 1 is no part of it
         self.trainer.addresses.clear()
         if state.global_step:
-            self.totals = manifest.read_json(_checkpoint(args, state) / TOTALS)
+            wanted = {"losses": list, "launch": dict, "num_tokens": int, "num_trained_tokens": int}
+            self.totals = manifest.read_json(
+                _checkpoint(args, state) / TOTALS, wanted=wanted | {"loss": float, "seconds": float}
+            )
             self.losses.extend(self.totals.pop("losses"))
             self.totals.pop("launch")
         self.lap = self.due = self.totals["seconds"]

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from smol_post.refusal import Refusal
+from smol_post.refusal import Refusal, describe
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -26,6 +27,10 @@ SEAL = "whole.json"  # of a checkpoint under way, or a folder of the data cache
 SOUP = "soup"  # inside a merge: the average before the last merge
 GATES = "gates"  # beside the evals: gates_<run>.json, what a run's recipe demands of it
 VERIFY = "verify.json"  # what was proved before step 1
+# What is read again of state.json and of manifest.json.
+RUN = {"fingerprint": str, "recipe": dict, "parents": list}
+WHOLE = {"schema": int, **RUN, "stage": str, "files": dict, "digest": str}
+_JSON_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a whole number"}
 _NOT_CONTENT = {MANIFEST, STATE, VERIFY, SEAL, "bad_batch.json", "instruments.json", "trainer_state.json"}
 _CONTENT_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 _PACKAGES = (
@@ -54,7 +59,9 @@ def digest_tree(tree: Any) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """`sha256:...` of a file's bytes."""
+    """`sha256:...` of a file's bytes; Refusal for a pipe or device, which would never end."""
+    if not path.is_file():
+        raise Refusal(f"{path}: is no file that can be read whole (a pipe or device); give a file")
     with path.open("rb") as stream:
         return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -78,16 +85,28 @@ def is_whole(run_dir: Path) -> bool:
     return (run_dir / MANIFEST).is_file()
 
 
-def read_json(path: Path, *, remedy: str = "remove the run and make it again") -> dict[str, Any]:
-    """A JSON object of ours; Refusal, with what to do, where the file is missing or damaged."""
+def read_json(
+    path: Path,
+    *,
+    remedy: str = "remove the run and make it again",
+    wanted: Mapping[str, type] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """A JSON object of ours; Refusal, with what to do, where the file is missing or damaged.
+
+    `wanted`: keys that it must have, and the types of their values.
+    """
+    if not path.is_file():
+        raise Refusal(f"{path}: no such file, so this run is not whole; finish the run first")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Refusal(f"{path}: no such file, so this run is not whole; finish the run first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise Refusal(f"{path}: not readable as JSON; {remedy}") from None
     if not isinstance(found, dict):
         raise Refusal(f"{path}: found {type(found).__name__}, wanted an object; {remedy}")
+    for key, kind in wanted.items():
+        if not isinstance(found.get(key), kind):
+            name = _JSON_NAMES.get(kind, kind.__name__)
+            raise Refusal(f"{path}: {key}: found {describe(found.get(key))}, wanted {name}; {remedy}")
     return found
 
 
@@ -98,7 +117,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
         raise Refusal(
             f"{run_dir / MANIFEST}: found schema {found.get('schema')!r}, wanted {SCHEMA}; make the run again"
         )
-    return found
+    return read_json(run_dir / MANIFEST, wanted=WHOLE)
 
 
 def verify(run_dir: Path) -> dict[str, Any]:
@@ -110,6 +129,8 @@ def verify(run_dir: Path) -> dict[str, Any]:
         if wanted != have:
             what = "is missing" if have is None else "was added" if wanted is None else "has changed"
             raise Refusal(f"{run_dir / name}: {what} since the run ended; restore it or make the run again")
+    if manifest["digest"] != content_digest(found):
+        raise Refusal(f"{run_dir / MANIFEST}: digest: is not that of its files; make the run again")
     return manifest
 
 
@@ -131,8 +152,10 @@ def seal(folder: Path) -> None:
 
 def is_sealed(folder: Path) -> bool:
     """Whether a folder is sealed and still has all its files, each of its size."""
-    found = folder / SEAL
-    return found.is_file() and json.loads(found.read_text()) == _sizes(folder)
+    try:
+        return read_json(folder / SEAL) == _sizes(folder)
+    except Refusal:  # there is none, or it is damaged
+        return False
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -24,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from smol_post import attention
+from smol_post import attention, manifest
 from smol_post.refusal import Refusal
 from smol_post.vocabulary import token_id
 
@@ -66,9 +67,10 @@ def load_model(
 
     `rope_theta` and `max_position_embeddings` replace the checkpoint's before the model is built; the live
     frequencies are then held against the configuration. Raises Refusal where the folder is no checkpoint, a
-    weight is missing, or the model keeps its RoPE elsewhere.
+    weight is missing or not finite, or the model keeps its RoPE elsewhere.
     """
     config = load_config(folder)
+    safetensors_files(folder)
     if rope_theta is not None:
         parameters = dict(getattr(config, "rope_parameters", None) or {})
         if "rope_theta" not in parameters:
@@ -91,9 +93,10 @@ def load_model(
             attn_implementation=attn_implementation,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that the next lines name them
+            use_safetensors=True,  # a pickle may hold anything
             **quantized,
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Refusal(f"{folder}: no loadable weights ({reason}); mend the parent") from None
     lost = (
@@ -105,17 +108,38 @@ def load_model(
         raise Refusal(
             f"{folder}: weights do not fit config.json ({lost[0]}, {len(lost)} in all); mend the checkpoint"
         )
+    check_finite(model, folder)
     check_rope(model)
     return model
+
+
+def check_finite(model: PreTrainedModel, folder: Path) -> None:
+    """Refusal where a tensor of a loaded checkpoint holds NaN or infinity: the first loss would be NaN.
+
+    By sums, which those pass through: one reading of the weights, and no copy of them.
+    """
+    for name, tensor in model.named_parameters():
+        if (
+            tensor.is_meta
+            or not tensor.is_floating_point()
+            or tensor.detach().sum(dtype=torch.float32).isfinite()
+        ):
+            continue
+        if number := int((~tensor.isfinite()).sum()):
+            raise Refusal(
+                f"{folder}: {name}: found {number:,} of {tensor.numel():,} values that are NaN or infinite, "
+                "wanted finite weights; take a checkpoint from before training diverged"
+            )
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
     """config.json of a checkpoint; Refusal where it is missing or unreadable."""
     if not (folder / "config.json").is_file():
         raise Refusal(f"{folder}: no config.json, so no Hugging Face checkpoint; mend the parent")
+    manifest.read_json(folder / "config.json", remedy="mend the parent")
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Refusal(
             f"{folder / 'config.json'}: not a model configuration ({reason}); mend the parent"
@@ -270,18 +294,29 @@ def check_saved(shapes: dict[str, list[int]], folder: Path) -> None:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint: those of the index, or every .safetensors."""
+    """The weight files of a checkpoint: those of the index, or every .safetensors.
+
+    Refusal where there are none, or the index names a file that does not lie in the folder.
+    """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    return sorted(folder.glob("*.safetensors"))
+    if not index.is_file():
+        if found := sorted(folder.glob("*.safetensors")):
+            return found
+        raise Refusal(
+            f"{folder}: found no .safetensors, wanted the weights in that form; convert or add them"
+        )
+    remedy = "mend the checkpoint"
+    names = manifest.read_json(index, remedy=remedy, wanted={"weight_map": dict})["weight_map"].values()
+    for name in sorted(set(map(str, names))):
+        if name != Path(name).name or not (folder / name).is_file():
+            raise Refusal(f"{index}: found '{name}', wanted a file of {folder}; {remedy}")
+    return sorted({folder / name for name in names})
 
 
 def build_model(
     parameters: dict[str, Any], *, vocab_size: int, token_ids: dict[str, int], attn_implementation: str
 ) -> PreTrainedModel:
     """A freshly initialised SmolLM3 from configuration keys; Refusal where the configuration refuses them."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
     attention.register()

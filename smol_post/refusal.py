@@ -5,11 +5,23 @@ import json
 from typing import Any
 
 
-class Refusal(Exception):
+class _OneLine(Exception):
+    """A message of one printable line, whatever the file names and values that it quotes hold."""
+
+    def __init__(self, text: str) -> None:
+        r"""Whatever would not print is escaped.
+
+        >>> str(Refusal("a\nb: found \ud800"))
+        'a\\nb: found \\ud800'
+        """
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+
+
+class Refusal(_OneLine):
     """Input we will not run: one line that says where, what was found, what was wanted and what to do."""
 
 
-class Failure(Exception):
+class Failure(_OneLine):
     """A run that cannot go on, for a reason we know: one line as in a Refusal, exit code 1, no traceback."""
 
 

@@ -112,9 +112,9 @@ def claim(job: Job, parents: list[Parent], print_id: str) -> TextIO | None:
         raise Refusal(f"{job.run_dir}: exists and is no run of ours; choose another --run-dir or remove it")
     try:
         job.run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (job.run_dir / LOCK).open("w")
     except OSError as error:
         raise Refusal(f"{job.run_dir}: cannot be made ({error.strerror}); choose another --run-dir") from None
-    lock = (job.run_dir / LOCK).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -122,7 +122,7 @@ def claim(job: Job, parents: list[Parent], print_id: str) -> TextIO | None:
     if manifest.is_whole(job.run_dir):
         raise Refusal(f"{job.run_dir}: another process has just made this run; type the command again")
     if state_path.is_file():
-        old = manifest.read_json(state_path)
+        old = manifest.read_json(state_path, wanted=manifest.RUN)
         # a run without checkpoints holds nothing that could be lost
         begun = any((job.run_dir / manifest.CHECKPOINTS).glob("checkpoint-*"))
         if old["fingerprint"] != print_id and begun:
@@ -132,8 +132,9 @@ def claim(job: Job, parents: list[Parent], print_id: str) -> TextIO | None:
 
 
 def _other_recipe(job: Job, old: dict[str, Any], parents: list[Parent], state: str) -> Refusal:
-    changed = differences(_deciding(old.get("recipe", {})), _deciding(job.recipe.model_dump()))
-    if [one["digest"] for one in old.get("parents", [])] != [one.digest for one in parents]:
+    changed = differences(_deciding(old["recipe"]), _deciding(job.recipe.model_dump()))
+    recorded = [one.get("digest") for one in old["parents"] if isinstance(one, dict)]
+    if recorded != [one.digest for one in parents]:
         changed.append("parents have other contents")
     what = "; ".join(changed[:3]) or "data files or the package's version"
     return Refusal(
@@ -352,6 +353,13 @@ class Parser(argparse.ArgumentParser):
         """Refuse; called by argparse."""
         sys.exit(refuse(Refusal(f"{message}; see {self.prog} --help")))
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse, besides, a word that no file system takes as a path; called by argparse."""
+        for word in args or []:
+            if "=" not in word and any(len(os.fsencode(part)) > 255 for part in word.split("/")):
+                self.error(f"argument '{word[:40]}...': found a name of over 255 bytes, wanted a path")
+        return super().parse_known_args(args, namespace)
+
 
 def parser(program: str, *, stage: str | None) -> argparse.ArgumentParser:
     """The arguments every stage command takes."""
@@ -374,7 +382,7 @@ def parse(made: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Name
     unknown = [word for word in words if word.startswith("-")]
     if unknown:
         raise Refusal(f"argument {unknown[0]}: unknown option; see {made.prog} --help")
-    pairs = [word for word in words if "=" in word and not Path(word).exists()]
+    pairs = [word for word in words if "=" in word and not os.path.exists(word)]
     plain = [word for word in words if word not in pairs]
     if arguments.config:
         plain = [arguments.config, *plain]
