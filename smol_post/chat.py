@@ -333,7 +333,14 @@ def _render(chats: Sequence[_Chat], how: _How, prompt: bool = False) -> list[tup
                 add_generation_prompt=prompt,
                 **{**dict(how.special_tokens), **variables},
             )
-        except (TemplateError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            AttributeError,
+            LookupError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             raise ValueError(f"the chat template refuses the row: {error}") from None
         for i, text, marked in zip(indices, texts, spans, strict=True):
             _check_kept(chats[i], text)

@@ -16,9 +16,7 @@ from smol_post.refusal import Refusal, describe, did_you_mean
 class Strict(BaseModel):
     """Unknown keys and converted types are errors."""
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, hide_input_in_errors=False, allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=False)
 
 
 def _a_path(text: str) -> str:

@@ -52,8 +52,10 @@ def yarn(tree: dict[str, Any], *, context: int, where: Path) -> dict[str, Any]:
     Raises Refusal where there is no plain RoPE, or nothing to extend. The original length is written down, as
     transformers would else take the new one for it.
     """
-    old_form = {"rope_theta": tree.get("rope_theta"), **(tree.get("rope_scaling") or {})}  # transformers 4
+    old_form, scaling = {"rope_theta": tree.get("rope_theta")}, tree.get("rope_scaling")  # transformers 4
+    old_form |= scaling if isinstance(scaling, dict) else {}
     rope, original = tree.get("rope_parameters") or old_form, tree.get("max_position_embeddings")
+    rope = rope if isinstance(rope, dict) else {}
     if not isinstance(rope.get("rope_theta"), int | float) or not isinstance(original, int):
         raise Refusal(
             f"{where}: found no rope_parameters.rope_theta with max_position_embeddings, wanted one RoPE for "
@@ -141,8 +143,8 @@ def _source(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     files: dict[str, str] = run["files"]
     weights = {name for name in files if name.endswith(".safetensors")}
     if _INDEX in files:
-        index = manifest.read_json(folder / _INDEX, remedy="mend it", wanted={"weight_map": dict})
-        weights |= set(map(str, index["weight_map"].values()))
+        index = manifest.read_json(folder / _INDEX, remedy="mend it", wanted={"weight_map": dict[str, str]})
+        weights |= set(index["weight_map"].values())
     for name in sorted(weights):
         try:
             safe_open(folder / name, framework="np").__exit__(None, None, None)  # its header fits its size

@@ -107,6 +107,13 @@ def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
     return number
 
 
+def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    number = loader.construct_yaml_float(node)
+    if not math.isfinite(number):
+        raise _problem(node, f"the number {node.value[:40]} is not finite; take one that is")
+    return number
+
+
 def _problem(node: yaml.Node, text: str) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=text, problem_mark=node.start_mark)
 
@@ -114,6 +121,7 @@ def _problem(node: yaml.Node, text: str) -> yaml.MarkedYAMLError:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG, _text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
 
 def _parse(text: str) -> Any:

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from smol_post.refusal import Refusal, describe
 
 SCHEMA = 1
@@ -28,9 +30,9 @@ SOUP = "soup"  # inside a merge: the average before the last merge
 GATES = "gates"  # beside the evals: gates_<run>.json, what a run's recipe demands of it
 VERIFY = "verify.json"  # what was proved before step 1
 # What is read again of state.json and of manifest.json.
-RUN = {"fingerprint": str, "recipe": dict, "parents": list}
-WHOLE = {"schema": int, **RUN, "stage": str, "files": dict, "digest": str}
-_JSON_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a whole number"}
+RUN = {"fingerprint": str, "recipe": dict[str, Any], "parents": list[dict[str, Any]]}
+WHOLE = {**RUN, "stage": str, "files": dict[str, str], "digest": str}
+_SHOULD = "Input should be "
 _NOT_CONTENT = {MANIFEST, STATE, VERIFY, SEAL, "bad_batch.json", "instruments.json", "trainer_state.json"}
 _CONTENT_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 _PACKAGES = (
@@ -89,7 +91,7 @@ def read_json(
     path: Path,
     *,
     remedy: str = "remove the run and make it again",
-    wanted: Mapping[str, type] = MappingProxyType({}),
+    wanted: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """A JSON object of ours; Refusal, with what to do, where the file is missing or damaged.
 
@@ -104,9 +106,14 @@ def read_json(
     if not isinstance(found, dict):
         raise Refusal(f"{path}: found {type(found).__name__}, wanted an object; {remedy}")
     for key, kind in wanted.items():
-        if not isinstance(found.get(key), kind):
-            name = _JSON_NAMES.get(kind, kind.__name__)
-            raise Refusal(f"{path}: {key}: found {describe(found.get(key))}, wanted {name}; {remedy}")
+        try:
+            TypeAdapter(kind).validate_python(found.get(key), strict=True)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where, wish = ".".join(map(str, (key, *problem["loc"]))), problem["msg"].removeprefix(_SHOULD)
+            raise Refusal(
+                f"{path}: {where}: found {describe(problem['input'])}, wanted {wish}; {remedy}"
+            ) from None
     return found
 
 

@@ -6,7 +6,6 @@ one.
 """
 
 import ctypes
-import json
 import math
 import os
 from pathlib import Path
@@ -306,8 +305,10 @@ def safetensors_files(folder: Path) -> list[Path]:
             f"{folder}: found no .safetensors, wanted the weights in that form; convert or add them"
         )
     remedy = "mend the checkpoint"
-    names = manifest.read_json(index, remedy=remedy, wanted={"weight_map": dict})["weight_map"].values()
-    for name in sorted(set(map(str, names))):
+    names = manifest.read_json(index, remedy=remedy, wanted={"weight_map": dict[str, str]})[
+        "weight_map"
+    ].values()
+    for name in sorted(set(names)):
         if name != Path(name).name or not (folder / name).is_file():
             raise Refusal(f"{index}: found '{name}', wanted a file of {folder}; {remedy}")
     return sorted({folder / name for name in names})

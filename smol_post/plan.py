@@ -217,12 +217,12 @@ def resolve_parent(job: Job, path: str, *, rehash: bool = True) -> Parent:
 def _check_gates(job: Job, parent: str, root: Path, digest: str) -> None:
     """Refuse a parent that was found to fall short of its gates."""
     path = root.parent / "evals" / f"{manifest.GATES}_{root.name}.json"
-    wanted = {"digest": str, "passed": bool, "short": list}
+    wanted = {"digest": str, "passed": bool, "short": list[str]}
     remedy = "remove it; smol-post run with the recipe folder measures again"
     found = manifest.read_json(path, remedy=remedy, wanted=wanted) if path.is_file() else {}
     if found.get("digest") == digest and not found["passed"]:
         raise Refusal(
-            f"{job.run_dir}: parent {parent} falls short: {'; '.join(map(str, found['short']))}; mend its "
+            f"{job.run_dir}: parent {parent} falls short: {'; '.join(found['short'])}; mend its "
             "recipe, or its gates and type smol-post run with its recipe folder"
         )
 

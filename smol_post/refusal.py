@@ -6,7 +6,7 @@ from typing import Any
 
 
 class _OneLine(Exception):
-    """A message of one printable line, whatever the file names and values that it quotes hold."""
+    """A message of one printable line, not endless, whatever the names and values that it quotes hold."""
 
     def __init__(self, text: str) -> None:
         r"""Whatever would not print is escaped.
@@ -14,6 +14,7 @@ class _OneLine(Exception):
         >>> str(Refusal("a\nb: found \ud800"))
         'a\\nb: found \\ud800'
         """
+        text = text if len(text) <= 1500 else f"{text[:1000]} ... {text[-400:]}"
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 

@@ -63,9 +63,11 @@ def fingerprint(job: Job, parents: list[Parent]) -> str:
 def _deciding(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe without what does not change its run: what is proved, demanded and stated of it."""
     kept = {key: one for key, one in recipe.items() if key not in ("verify", "gates", "stated_tokens")}
-    if "sources" in kept:
+    if isinstance(kept.get("sources"), list):
         kept["sources"] = [
-            {key: one for key, one in source.items() if key != "size"} for source in kept["sources"]
+            {key: one for key, one in source.items() if key != "size"}
+            for source in kept["sources"]
+            if isinstance(source, dict)
         ]
     return kept
 
@@ -104,12 +106,12 @@ def claim(job: Job, parents: list[Parent], print_id: str) -> TextIO | None:
         old = manifest.read_manifest(job.run_dir)
         if old["fingerprint"] == print_id:
             return None
-        raise _other_recipe(job, old, parents, "whole")
-    state_path = job.run_dir / manifest.STATE
+        raise _other_recipe(job, old, parents, "a whole")
     ours = {LOCK, manifest.STATE, manifest.STATE + ".tmp"}
     found = {path.name for path in job.run_dir.iterdir()} if job.run_dir.is_dir() else set()
     if found - ours and manifest.STATE not in found:
         raise Refusal(f"{job.run_dir}: exists and is no run of ours; choose another --run-dir or remove it")
+    _check_unfinished(job, parents, print_id)  # before anything is written, and once more when locked
     try:
         job.run_dir.mkdir(parents=True, exist_ok=True)
         lock = (job.run_dir / LOCK).open("w")
@@ -121,25 +123,29 @@ def claim(job: Job, parents: list[Parent], print_id: str) -> TextIO | None:
         raise Refusal(f"{job.run_dir}: another process is making this run; wait for it or stop it") from None
     if manifest.is_whole(job.run_dir):
         raise Refusal(f"{job.run_dir}: another process has just made this run; type the command again")
-    if state_path.is_file():
-        old = manifest.read_json(state_path, wanted=manifest.RUN)
-        # a run without checkpoints holds nothing that could be lost
-        begun = any((job.run_dir / manifest.CHECKPOINTS).glob("checkpoint-*"))
-        if old["fingerprint"] != print_id and begun:
-            raise _other_recipe(job, old, parents, "unfinished")
+    _check_unfinished(job, parents, print_id)
     record(job, parents, print_id, "running")
     return lock
 
 
+def _check_unfinished(job: Job, parents: list[Parent], print_id: str) -> None:
+    """Refusal where the directory holds checkpoints of another recipe's run, or a damaged state."""
+    path = job.run_dir / manifest.STATE
+    if path.is_file():
+        old = manifest.read_json(path, wanted=manifest.RUN)
+        # a run without checkpoints holds nothing that could be lost
+        begun = any((job.run_dir / manifest.CHECKPOINTS).glob("checkpoint-*"))
+        if old["fingerprint"] != print_id and begun:
+            raise _other_recipe(job, old, parents, "an unfinished")
+
+
 def _other_recipe(job: Job, old: dict[str, Any], parents: list[Parent], state: str) -> Refusal:
     changed = differences(_deciding(old["recipe"]), _deciding(job.recipe.model_dump()))
-    recorded = [one.get("digest") for one in old["parents"] if isinstance(one, dict)]
-    if recorded != [one.digest for one in parents]:
+    if [one.get("digest") for one in old["parents"]] != [one.digest for one in parents]:
         changed.append("parents have other contents")
     what = "; ".join(changed[:3]) or "data files or the package's version"
     return Refusal(
-        f"{job.run_dir}: holds a {state} run of something else ({what}); remove it, or "
-        "choose another --run-dir"
+        f"{job.run_dir}: holds {state} run of something else ({what}); remove it, or choose another --run-dir"
     )
 
 

@@ -340,7 +340,7 @@ def check_launch(checkpoint: Path, accelerator: Accelerator, run_dir: Path) -> N
 
     Whole replicas (one process, DDP) and FSDP2's shards resume on any number of processes, ZeRO's on as many.
     """
-    saved = manifest.read_json(checkpoint / TOTALS, wanted={"launch": dict})["launch"]
+    saved = manifest.read_json(checkpoint / TOTALS, wanted={"launch": dict[str, Any]})["launch"]
     here = launch_of(accelerator)
     if saved.get("engine") == here["engine"] and (saved == here or here["engine"] != "DEEPSPEED"):
         return
