@@ -88,7 +88,7 @@ def read_points(run_root: Path, runs: Sequence[str]) -> list[Point]:
         }
         stage = manifest.get("stage") or evals.get("stage") or ""
         gated = _read_json(
-            run_root / "evals" / f"gates_{name}.json", wanted={"gates": dict[str, dict[str, Any]]}
+            run_root / "evals" / f"gates_{name}.json", wanted={"gates": dict[str, dict[str, Any]] | None}
         )
         gated = gated if gated.get("digest") == manifest.get("digest") else {}
         verified = _read_json(run_root / name / "verify.json", wanted={"proofs": list[dict[str, Any]]})
