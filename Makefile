@@ -4,6 +4,7 @@ RUN ?= runs/$(notdir $(patsubst %/,%,$(RECIPE)))
 ARGS ?=
 LAUNCH ?=
 WORKERS ?= 2
+MINUTES ?= 10
 PYTHON ?= python3.11
 
 BIN := .venv/bin
@@ -15,12 +16,12 @@ comma := ,
 EXTRAS := dev$(comma)eval$(if $(filter Linux,$(SYSTEM)),$(comma)deepspeed$(comma)scale)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline prepare $(STAGES) evals report check test bench reproduce format clean
+.PHONY: help setup pipeline prepare $(STAGES) evals report check test fuzz bench reproduce format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+( [a-z-]+)*:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo "long-context, mid, sft, apo, merge: one stage"
-	@echo "variables: RECIPE=$(RECIPE) RUN=$(RUN) ARGS=\"key=value ...\" LAUNCH=\"accelerate launch --config_file ...\" WORKERS=$(WORKERS)"
+	@echo "variables: RECIPE=$(RECIPE) RUN=$(RUN) ARGS=\"key=value ...\" LAUNCH=\"accelerate launch --config_file ...\" WORKERS=$(WORKERS) MINUTES=$(MINUTES)"
 
 setup: $(READY)  ## make .venv with the tested versions
 $(READY): pyproject.toml constraints.txt
@@ -49,6 +50,10 @@ check: $(READY)  ## format, lint, types, unit and golden tests
 
 test: $(READY)  ## every test, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+fuzz: $(READY)  ## odd recipes and rows for MINUTES, each round with others; the first that is not refused well ends it
+	end=$$(( $$(date +%s) + 60 * $(MINUTES) )); while [ $$(date +%s) -lt $$end ]; do \
+		FUZZ_EXAMPLES=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -x tests/unit/test_fuzz.py || exit 1; done
 
 bench: $(READY)  ## measure against the peers; benchmarks/results
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks.run $(ARGS)

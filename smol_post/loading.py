@@ -22,6 +22,7 @@ from smol_post.trainer_block import check_trainer_block
 T = TypeVar("T", bound=Strict)
 # Of a recipe file, and of what its aliases unfold to. Our choice: forty times the longest of ours.
 MAX_CHARACTERS = 250_000
+MAX_DEPTH = 50
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
@@ -63,21 +64,39 @@ class _Loader(yaml.SafeLoader):
     written, numbers that nothing counts, aliases that unfold to very much. Plain aliases and merges work.
     """
 
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """A node and all within it; called by yaml, whose scanner takes long over deep nesting."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=self.get_mark())
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
     def get_single_node(self) -> Any:
         """The document, if its aliases are harmless; called by yaml."""
         node = super().get_single_node()
-        if _unfolded(node, {}) > MAX_CHARACTERS:
-            raise yaml.MarkedYAMLError(problem=f"its aliases unfold to over {MAX_CHARACTERS:,} characters")
+        size, depth = _unfolded(node, {})
+        if size > MAX_CHARACTERS or depth > MAX_DEPTH:
+            what = f"over {MAX_CHARACTERS:,} characters" if size > MAX_CHARACTERS else "very deep nesting"
+            raise yaml.MarkedYAMLError(problem=f"its aliases unfold to {what}")
         return node
 
 
-def _unfolded(node: Any, known: dict[int, float]) -> float:
-    """Characters and nodes of a tree whose aliases are written out; infinite where one is within itself."""
+def _unfolded(node: Any, known: dict[int, tuple[float, int]]) -> tuple[float, int]:
+    """Characters and nodes of a tree whose aliases are written out, and its depth.
+
+    Infinitely many where one is within itself.
+    """
     if id(node) not in known:
-        known[id(node)] = math.inf
-        inner = getattr(node, "value", "")
+        known[id(node)] = (math.inf, 0)
+        inner: Any = node.value if isinstance(node, yaml.CollectionNode) else ()
         inner = chain.from_iterable(inner) if isinstance(node, yaml.MappingNode) else inner
-        known[id(node)] = 1 + sum(1 if isinstance(one, str) else _unfolded(one, known) for one in inner)
+        sizes = [_unfolded(one, known) for one in inner]
+        own = len(node.value) if isinstance(node, yaml.ScalarNode) else 1
+        known[id(node)] = (own + sum(one for one, _ in sizes), 1 + max((one for _, one in sizes), default=0))
     return known[id(node)]
 
 
@@ -130,8 +149,6 @@ def _parse(text: str) -> Any:
         raise ValueError(f"found {len(text):,} characters, wanted at most {MAX_CHARACTERS:,}")
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""

@@ -359,7 +359,9 @@ class Parser(argparse.ArgumentParser):
         """Refuse; called by argparse."""
         sys.exit(refuse(Refusal(f"{message}; see {self.prog} --help")))
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
         """Refuse, besides, a word that no file system takes as a path; called by argparse."""
         for word in args or []:
             if "=" not in word and any(len(os.fsencode(part)) > 255 for part in word.split("/")):

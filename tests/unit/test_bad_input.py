@@ -326,9 +326,15 @@ RECIPES: dict[str, tuple[Make, str, str]] = {
         )), CHECK, "its aliases unfold to over 250,000 characters"
     ),
     "an alias within itself": (write(SFT, "stage: sft\nsources: &a [*a]\n"), CHECK, "its aliases unfold"),
+    "a chain of aliases": (
+        write(SFT, "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 200))),
+        CHECK, "its aliases unfold to very deep nesting",
+    ),
     "an alias of nothing": (write(SFT, "stage: *a\n"), CHECK, "line 1: found undefined alias"),
     "very deep nesting": (write(SFT, "a: " + "[" * 50_000), CHECK, "nested too deeply"),
-    "deep but legal nesting": (write(SFT, "stage: sft\nmax_tokens: " + "[" * 150 + "]" * 150), CHECK, "foun"),
+    "deep nesting that is none": (
+        write(SFT, "stage: sft\nmax_tokens: " + "[" * 40 + "]" * 40), CHECK, "max_tokens: found [[[[["
+    ),
     "a megabyte": (write(SFT, "stage: sft\n" + "# x\n" * 300_000), CHECK, "wanted at most 250,000"),
     "a Python object": (write(SFT, f"stage: {SECRET}\n"), CHECK, "could not determine a constructor"),
     "a tag that lies": (write(SFT, "stage: !!bool sft\n"), CHECK, "a value that is none"),
@@ -853,6 +859,30 @@ def test_bad_input_is_refused_in_a_line_that_says_what_to_do_and_nothing_changes
     after = snapshot(place)
     changed = {path for path in {*before, *after} if after.get(path) != before.get(path)}
     assert not {path for path in changed if not path.startswith(f"{place}/cached")}
+
+
+def test_harmless_yaml_works(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A byte order mark, anchors, aliases and merge keys, whose keys may be given anew."""
+    shared = "\ufeffstage: sft\nmax_tokens: &length 512\nglobal_batch_size: 4\nnum_steps: 6\nsources:\n"
+    first = "  - &first {name: a, generator: dual_mode_chats, num_rows: *length, seed: 2}\n"
+    (place / SFT).write_text(f"{shared}{first}  - {{<<: *first, name: b}}\n")
+    assert call(CHECK) == 0, capsys.readouterr().err
+    recipe: Any = loading.load_recipe(place / SFT)
+    assert [(one.name, one.num_rows, one.seed) for one in recipe.sources] == [("a", 512, 2), ("b", 512, 2)]
+
+
+def test_paths_with_spaces_and_letters_of_any_alphabet_work(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit("own/sft.yaml", sources__0__path="./Zeilen \u00fc \u6570.jsonl")(place)
+    (place / "own" / "rows.jsonl").rename(place / "own" / "Zeilen \u00fc \u6570.jsonl")
+    (place / "own").rename(place / "mein Rezept \u00e9\u6570")
+    where = "'mein Rezept \u00e9\u6570"
+    assert call(f"check {where}'") == 0, capsys.readouterr().err
+    assert call(f"inspect {where}/sft.yaml' --rows 1 --run-dir 'ein Ort \u6570'") == 0, (
+        capsys.readouterr().err
+    )
+    assert "2+3?" in capsys.readouterr().out
 
 
 def test_the_catalogue_counts_every_entry_once() -> None:
