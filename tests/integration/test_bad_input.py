@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.slow
 Command = Callable[..., subprocess.CompletedProcess[str]]
+LONG = ("num_steps=1", "max_tokens=512")  # as long as the rows of SFT
 SAVING = ("num_steps=2", "trainer.save_strategy=steps", "trainer.save_steps=1")
 
 
@@ -30,7 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, command: Command) -> Path:
     """A folder with the test recipe and its base model."""
     where = tmp_path_factory.mktemp("base")
     shutil.copytree(Path(__file__).parent / "recipe", where / "recipe")
-    done = command("smol-post", "base", where / "recipe", "--run-dir", where / "runs", "num_steps=1")
+    done = command("smol-post", "base", where / "recipe", "--run-dir", where / "runs", *LONG)
     assert done.returncode == 0, done.stderr
     return where
 
