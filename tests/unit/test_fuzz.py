@@ -134,9 +134,9 @@ def changed(draw: st.DrawFn, tree: Any) -> Any:
         elif how == "move" and isinstance(node, dict):
             node[draw(st.sampled_from([f"{key}s", str(key).upper(), f" {key}"]))] = node.pop(key)
         elif how == "key" and isinstance(node, dict):
-            node[draw(st.text(max_size=5))] = draw(value)
+            node[draw(st.text(max_size=5))] = copy.deepcopy(draw(value))
         else:
-            node[key] = draw(value if how == "value" else odd)
+            node[key] = copy.deepcopy(draw(value if how == "value" else odd))
     return tree
 
 
