@@ -20,8 +20,8 @@ from smol_post.refusal import Refusal, describe, did_you_mean, text_number
 from smol_post.trainer_block import check_trainer_block
 
 T = TypeVar("T", bound=Strict)
-# Of a recipe file, and of what its aliases unfold to. Our choice: forty times the longest of ours.
-MAX_CHARACTERS = 250_000
+# Of a recipe file, and of what its aliases unfold to. Our choice: twenty-five times the longest of ours.
+MAX_CHARACTERS = 150_000
 MAX_DEPTH = 50
 
 
