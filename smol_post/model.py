@@ -25,9 +25,21 @@ from transformers import (
 from transformers.utils import logging
 
 from smol_post import attention, manifest
-from smol_post.refusal import Refusal
+from smol_post.refusal import Refusal, describe
 from smol_post.vocabulary import token_id
 
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads")  # fmt: skip
+# What transformers raises over a config.json that is none.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    StrictDataclassError,
+)
 logging.disable_progress_bar()  # of transformers; progress is ours to show
 if not torch.cuda.is_available():  # else DeepSpeed looks for a GPU and says so at every start
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -135,10 +147,16 @@ def load_config(folder: Path) -> PreTrainedConfig:
     """config.json of a checkpoint; Refusal where it is missing or unreadable."""
     if not (folder / "config.json").is_file():
         raise Refusal(f"{folder}: no config.json, so no Hugging Face checkpoint; mend the parent")
-    manifest.read_json(folder / "config.json", remedy="mend the parent")
+    tree = manifest.read_json(folder / "config.json", remedy="mend the parent")
+    for key in _SIZES:
+        if (size := tree.get(key)) is not None and not (isinstance(size, int) and size > 0):
+            raise Refusal(
+                f"{folder / 'config.json'}: {key}: found {describe(size)}, wanted a whole number above 0; "
+                "mend the parent"
+            )
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except _UNREADABLE as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Refusal(
             f"{folder / 'config.json'}: not a model configuration ({reason}); mend the parent"

@@ -654,9 +654,18 @@ CHECKPOINTS: dict[str, tuple[Make, str, str]] = {
     "code of its own": (
         edit(CONFIG, model_type="mine", auto_map={"AutoConfig": "mine.Mine"}), EVAL, "not a model configurati"
     ),
-    "sizes that are text": (edit(CONFIG, hidden_size="many"), EVAL, "parent/config.json: not a model config"),
+    "sizes that are text": (edit(CONFIG, hidden_size="many"), EVAL, "parent/config.json: hidden_size: found"),
     "another hidden size": (edit(CONFIG, hidden_size=32), EVAL, "parent: weights do not fit config.json"),
-    "more layers": (edit(CONFIG, num_hidden_layers=2, layer_types=None), EVAL, "weights do not fit config.j"),
+    "more layers": (
+        edit(CONFIG, num_hidden_layers=2, layer_types=None, no_rope_layers=None), EVAL, "weights do not fit"
+    ),
+    "more layers than kinds of layers": (
+        edit(CONFIG, num_hidden_layers=9), EVAL, "parent/config.json: not a model configuration"
+    ),
+    "a model of no heads": (edit(CONFIG, num_attention_heads=0), EVAL, "parent/config.json: "),
+    "a model of negative size": (edit(CONFIG, intermediate_size=-1), EVAL, "parent/config.json: "),
+    "a model of negative depth": (edit(CONFIG, num_hidden_layers=-1), EVAL, "parent/config.json: "),
+    "a model of no tokens": (edit(CONFIG, vocab_size=0), EVAL, "vocab_size 0 of config.json"),
     "fewer rows of the vocabulary": (
         lambda at: edit(CONFIG, vocab_size=json.loads((at / CONFIG).read_text())["vocab_size"] + 64)(at),
         EVAL, "weights do not fit config.json",
@@ -782,7 +791,8 @@ RECORDS: dict[str, tuple[Make, str, str]] = {
 COMMANDS: dict[str, tuple[Make, str, str]] = {
     **{
         f"{one} without a word": (nothing, one, "")
-        for one in ("run", "evals", "report", "compare", "export", "eval", "plan", "prepare", "inspect", "ve")
+        for one in ("run", "evals", "report", "compare", "export", "eval", "plan", "prepare", "inspect",
+                    "verify")
     },
     "check without a word": (nothing, "check", "the following arguments are required: recipe; see smol-post"),
     "a stage without a word": (nothing, "sft", "no recipe given; type: accelerate launch"),
@@ -794,8 +804,10 @@ COMMANDS: dict[str, tuple[Make, str, str]] = {
     },
     **{
         f"{line.split()[0]} of what is not there": (nothing, line, "nowhere")
-        for line in ("run nowhere", "evals nowhere", "report nowhere", "compare nowhere nowhere", "plan nowh",
-                     "export nowhere out --context 512", "eval nowhere --suite own/evals.yaml", "check nowhe",
+        for line in ("run nowhere", "evals nowhere", "report nowhere", "compare nowhere nowhere",
+                     "plan nowhere",
+                     "export nowhere out --context 512", "eval nowhere --suite own/evals.yaml",
+                     "check nowhere",
                      "eval parent --suite nowhere", "prepare nowhere", "inspect nowhere", "verify nowhere",
                      "merge nowhere")
     },
