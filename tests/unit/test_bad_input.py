@@ -665,7 +665,7 @@ CHECKPOINTS: dict[str, tuple[Make, str, str]] = {
     "a model of no heads": (edit(CONFIG, num_attention_heads=0), EVAL, "parent/config.json: "),
     "a model of negative size": (edit(CONFIG, intermediate_size=-1), EVAL, "parent/config.json: "),
     "a model of negative depth": (edit(CONFIG, num_hidden_layers=-1), EVAL, "parent/config.json: "),
-    "a model of no tokens": (edit(CONFIG, vocab_size=0), EVAL, "vocab_size 0 of config.json"),
+    "a model of no tokens": (edit(CONFIG, vocab_size=0), EVAL, "vocab_size: found 0 (int), wanted a whole"),
     "fewer rows of the vocabulary": (
         lambda at: edit(CONFIG, vocab_size=json.loads((at / CONFIG).read_text())["vocab_size"] + 64)(at),
         EVAL, "weights do not fit config.json",
