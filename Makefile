@@ -4,6 +4,7 @@ RUN ?= runs/$(notdir $(patsubst %/,%,$(RECIPE)))
 ARGS ?=
 LAUNCH ?=
 WORKERS ?= 2
+MINUTES ?= 10
 PYTHON ?= python3.11
 
 BIN := .venv/bin
@@ -15,12 +16,12 @@ comma := ,
 EXTRAS := dev$(comma)eval$(if $(filter Linux,$(SYSTEM)),$(comma)deepspeed$(comma)scale)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline prepare $(STAGES) evals report check test audit bench reproduce soak format clean
+.PHONY: help setup pipeline prepare $(STAGES) evals report check test fuzz audit bench reproduce soak format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+( [a-z-]+)*:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo "long-context, mid, sft, apo, merge: one stage"
-	@echo "variables: RECIPE=$(RECIPE) RUN=$(RUN) ARGS=\"key=value ...\" LAUNCH=\"accelerate launch --config_file ...\" WORKERS=$(WORKERS)"
+	@echo "variables: RECIPE=$(RECIPE) RUN=$(RUN) ARGS=\"key=value ...\" LAUNCH=\"accelerate launch --config_file ...\" WORKERS=$(WORKERS) MINUTES=$(MINUTES)"
 
 setup: $(READY)  ## make .venv with the tested versions
 $(READY): pyproject.toml constraints.txt
@@ -55,6 +56,10 @@ audit:  ## known vulnerabilities of constraints.txt, by pip-audit in an environm
 	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && \
 		$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1; } || true
 	@PATH="$(CURDIR)/$(AUDIT)/bin:$$PATH" $(PYTHON) tools/audit.py constraints.txt
+
+fuzz: $(READY)  ## odd recipes and rows for MINUTES, each round with others; the first that is not refused well ends it
+	end=$$(( $$(date +%s) + 60 * $(MINUTES) )); while [ $$(date +%s) -lt $$end ]; do \
+		FUZZ_EXAMPLES=1000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -x tests/unit/test_fuzz.py || exit 1; done
 
 bench: $(READY)  ## measure against the peers; benchmarks/results
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks.run $(ARGS)

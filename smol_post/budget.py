@@ -151,7 +151,7 @@ def _shape(job: Job, shapes: dict[str, Shape], folder: Path) -> Shape:
     if parent.startswith("../"):
         return shapes[parent[3:].split("/")[0]]
     if parent.startswith(("/", "~")):
-        return _config(Path(parent).expanduser() / "config.json")
+        return _config(config.local_path(parent, Path()) / "config.json")
     from smol_post import loading
 
     stated = loading.load_pipeline(folder).architecture

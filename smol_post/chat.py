@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from smol_post.config import local_path
 from smol_post.encoding import Intervals, encode
 from smol_post.messages import (
     END_OF_TURN,
@@ -88,9 +89,12 @@ def load_template(name_or_path: str, *, folder: Path = Path()) -> str:
     Raises Refusal where there is no such template.
     """
     ours = name_or_path in TEMPLATE_NAMES
-    path = TEMPLATES / f"{name_or_path}.jinja" if ours else folder / Path(name_or_path).expanduser()
+    path = TEMPLATES / f"{name_or_path}.jinja" if ours else local_path(name_or_path, folder)
     if path.suffix == ".jinja" and path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise Refusal(f"{path}: found bytes that are no UTF-8 ({error}); save it as UTF-8") from None
     known = " or ".join(TEMPLATE_NAMES)
     raise Refusal(
         f"no chat template {name_or_path!r}: wanted {known}, or the path of an existing .jinja file"
@@ -329,7 +333,14 @@ def _render(chats: Sequence[_Chat], how: _How, prompt: bool = False) -> list[tup
                 add_generation_prompt=prompt,
                 **{**dict(how.special_tokens), **variables},
             )
-        except (TemplateError, TypeError, AttributeError, LookupError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            AttributeError,
+            LookupError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             raise ValueError(f"the chat template refuses the row: {error}") from None
         for i, text, marked in zip(indices, texts, spans, strict=True):
             _check_kept(chats[i], text)

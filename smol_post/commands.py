@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -178,7 +179,7 @@ def evaluate(argv: list[str]) -> int:
 
 def find_model(name: str) -> Path:
     """The folder of a checkpoint: a whole run, held against its manifest, any folder, or a Hub id."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         if manifest.is_whole(folder):
             manifest.verify(folder)

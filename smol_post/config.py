@@ -5,18 +5,31 @@ field of the pinned TRL configuration by its own name.
 """
 
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from smol_post.refusal import Refusal, did_you_mean
+from smol_post.refusal import Refusal, describe, did_you_mean
 
 
 class Strict(BaseModel):
     """Unknown keys and converted types are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=False)
+
+
+def _a_path(text: str) -> str:
+    """ValueError for what no file system takes as a path."""
+    if not text or any(len(one.encode()) > 255 for one in text.split("/")) or len(text.encode()) > 4000:
+        raise ValueError(f"found {describe(text)}, wanted a path; no name in it may be over 255 bytes")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_a_path)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy's generators take
+Threads = Annotated[int, Field(gt=0, le=4096)]
 
 
 FILES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
@@ -50,19 +63,19 @@ class Source(Strict):
     """
 
     name: str = Field(pattern=r"^[^\x00-\x1f\x7f]+$")
-    path: str | None = None
+    path: PathText | None = None
     config: str | None = None
     split: str | None = None  # of a data set that has several; None: train
     revision: str | None = None
     generator: str | None = None
-    num_rows: int | None = Field(default=None, gt=0)
-    seed: int = 0
+    num_rows: int | None = Field(default=None, gt=0, lt=2**31)
+    seed: Seed = 0
     options: dict[str, Any] = {}
     columns: dict[str, str] = {}
     mode: Literal["think", "no_think"] | None = None
     keep_fraction: float = Field(default=1.0, gt=0, le=1)
     token_share: float | None = Field(default=None, gt=0, le=1)
-    repeat: int = Field(default=1, ge=1)
+    repeat: int = Field(default=1, ge=1, le=10_000)
     loss_on: Literal["all", "completion"] | None = None
     size: Size | None = None
 
@@ -123,11 +136,11 @@ class Made(Strict):
 class Training(Made):
     """What every training stage has in common."""
 
-    seed: int = 0
-    num_threads: int | None = Field(default=None, gt=0)  # of one process on a CPU; None: torch's choice
-    max_tokens: int = Field(gt=1)
-    global_batch_size: int = Field(gt=0)
-    num_steps: int | None = Field(default=None, gt=0)
+    seed: Seed = 0
+    num_threads: Threads | None = None  # of one process on a CPU; None: torch's choice
+    max_tokens: int = Field(gt=1, lt=2**31)
+    global_batch_size: int = Field(gt=0, le=2**20)
+    num_steps: int | None = Field(default=None, gt=0, lt=2**31)
     num_epochs: float | None = Field(default=None, gt=0)
     attention: Literal["varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "varlen"
     date_string: str = "01 July 2025"
@@ -227,8 +240,8 @@ class Packed(Training):
 class TokenizerSpec(Strict):
     """The byte-level BPE tokenizer of the tiny base."""
 
-    vocab_size: int = Field(gt=256)
-    corpus_seed: int = 0
+    vocab_size: int = Field(gt=256, lt=2**31)
+    corpus_seed: Seed = 0
 
 
 class BaseRecipe(Packed):
@@ -237,7 +250,7 @@ class BaseRecipe(Packed):
     stage: Literal["base"]
     loss_on: Literal["all", "completion"] = "completion"
     packing: Literal["bfd"] = "bfd"
-    chat_template: str = "chatml"
+    chat_template: PathText = "chatml"
     model: dict[str, Any]
     tokenizer: TokenizerSpec
 
@@ -250,7 +263,7 @@ class LongContextRecipe(Packed, Continued):
     packing: Literal["bfd", "wrapped"] = "wrapped"
     text_end: str | None = None
     rope_theta: float = Field(gt=1)
-    chat_template: str | None = None
+    chat_template: PathText | None = None
     add_tokens: list[str] = []
 
 
@@ -261,7 +274,7 @@ class MidRecipe(Packed, Continued):
     loss_on: Literal["all", "completion"] = "all"
     packing: Literal["wrapped", "wrapped_cross_document", "bfd"] = "wrapped"
     text_end: str | None = None
-    chat_template: str = "chatml"
+    chat_template: PathText = "chatml"
     add_tokens: list[str] = []
 
 
@@ -290,7 +303,7 @@ class SftRecipe(Packed, Continued):
     loss_on: Literal["assistant"] = "assistant"
     packing: Literal["bfd"] = "bfd"
     text_end: str | None = None
-    chat_template: str = "smol_post"
+    chat_template: PathText = "smol_post"
     add_tokens: list[str] = []
     peft: Peft | None = None
 
@@ -304,7 +317,7 @@ class ApoRecipe(Continued):
     """
 
     stage: Literal["apo"]
-    chat_template: str | None = None
+    chat_template: PathText | None = None
     micro_batch_tokens: int | None = Field(default=None, gt=0)
     reference: Literal["cached", "live"] = "cached"
     peft: Peft | None = None
@@ -341,8 +354,8 @@ class MergeGate(Strict):
     may be worse than the soup's.
     """
 
-    suite: str
-    seed: int = 2_000_000
+    suite: PathText
+    seed: Seed = 2_000_000
     recover: str
     keep: dict[str, float] = {}
 
@@ -354,7 +367,7 @@ class MergeRecipe(Made):
     """
 
     stage: Literal["merge"]
-    seed: int = 0
+    seed: Seed = 0
     soup_weight: float = Field(default=0.9, gt=0, le=1)
     weights: list[Annotated[float, Field(ge=0, lt=1)]] | None = Field(default=None, min_length=2)
     gate: MergeGate | None = None
@@ -384,7 +397,7 @@ class Probe(Strict):
     lengths: list[Annotated[int, Field(gt=0)]] = Field(min_length=1)
     num_questions: int = Field(default=100, gt=0)
     num_needles: int = Field(default=4, ge=2, le=100)
-    haystack: str | None = Field(default=None, exclude=True)
+    haystack: PathText | None = Field(default=None, exclude=True)
     form: Literal["text", "chat"] = Field(default="text", alias="as")
     yarn: bool = False
 
@@ -403,8 +416,8 @@ class Texts(Strict):
     """Texts whose perplexity is measured in windows of `max_tokens`: a text file, or rows with a `text`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    path: str = Field(exclude=True)
-    max_tokens: int = Field(gt=1)
+    path: PathText = Field(exclude=True)
+    max_tokens: int = Field(gt=1, lt=2**31)
 
 
 class Harness(Strict):
@@ -424,8 +437,8 @@ class Harness(Strict):
     temperature: float | None = Field(default=0.6, gt=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
     batch_size: int = Field(default=1, gt=0)
-    seed: int = 1234  # of few-shot examples and sampling; lm-eval's own
-    include_path: str | None = None
+    seed: Seed = 1234  # of few-shot examples and sampling; lm-eval's own
+    include_path: PathText | None = None
 
     @model_validator(mode="after")
     def _top_p_of_samples(self) -> "Harness":
@@ -447,8 +460,8 @@ class EvalsRecipe(Strict):
     """
 
     stage: Literal["evals"]
-    seed: int = 1_000_000
-    num_threads: int | None = Field(default=None, gt=0)
+    seed: Seed = 1_000_000
+    num_threads: Threads | None = None
     needle_tokens: list[NeedleTokens] = [64, 256, 512]
     num_needle_questions: int = Field(default=200, ge=0)
     needle_options: dict[str, Any] = {}
@@ -462,7 +475,7 @@ class EvalsRecipe(Strict):
     probes: list[Probe] = []
     perplexity: list[Texts] = []
     num_turn_questions: int = Field(default=0, ge=0)
-    turn_prompts: str | None = Field(default=None, exclude=True)
+    turn_prompts: PathText | None = Field(default=None, exclude=True)
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int = Field(default=96, gt=0)
@@ -569,13 +582,17 @@ NUM_PARENTS = {
 }
 
 
+# What else stands beside the runs, under these names.
+RESERVED = ("evals", "cache", "report.html", "report.md", "metrics.json")
+
+
 class Entry(Strict):
     """One run of a pipeline."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)
     stage: Literal["base", "long_context", "mid", "sft", "apo", "merge"]
-    recipe: str
-    parents: list[str] = []
+    recipe: PathText
+    parents: list[PathText] = []
     overrides: dict[str, Any] = {}
 
 
@@ -588,15 +605,20 @@ class Pipeline(Strict):
     runs: list[Entry] = Field(min_length=1)
     build_parents: bool = False
     architecture: dict[str, Any] = {}
-    evals: str | None = None
+    evals: PathText | None = None
 
     @model_validator(mode="after")
     def _chain(self) -> "Pipeline":
         known: list[str] = []
+        merges = {entry.name for entry in self.runs if entry.stage == "merge"}
         for entry in self.runs:
             where = f"runs: '{entry.name}'"
-            if entry.name in known or entry.name in ("cache", "evals"):
+            if entry.name in known or entry.name in RESERVED or entry.name.startswith(("gates_", "verify_")):
                 raise ValueError(f"{where} is used twice or reserved; every run needs a name of its own")
+            if entry.name.endswith("_soup") and entry.name[:-5] in merges:
+                raise ValueError(
+                    f"{where} is what the soup of '{entry.name[:-5]}' is called; take another name"
+                )
             low, high = NUM_PARENTS[entry.stage]
             if not low <= len(entry.parents) <= high:
                 wanted = str(low) if low == high else f"at least {low}"
@@ -605,9 +627,7 @@ class Pipeline(Strict):
                 )
             for parent in entry.parents:
                 if parent.startswith("../") and ".." in parent[3:].split("/"):
-                    raise ValueError(
-                        f"{where} has the parent '{parent}', which leads out of the runs; mend it"
-                    )
+                    raise ValueError(f"{where} has the parent '{parent}', which leaves its run; name a run")
                 if parent.startswith("../") and parent[3:].split("/")[0] not in known:
                     hint = did_you_mean(parent[3:].split("/")[0], known)
                     raise ValueError(f"{where} has the parent '{parent}', which is no earlier run{hint}")
@@ -628,4 +648,4 @@ def is_local(path: str) -> bool:
 
 def local_path(path: str, folder: Path) -> Path:
     """A source path as a file or folder: `~` expanded, relative to the recipe's folder."""
-    return (folder / Path(path).expanduser()).resolve()
+    return Path(os.path.realpath(folder / os.path.expanduser(path)))  # which takes links in a circle

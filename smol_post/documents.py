@@ -9,6 +9,7 @@ Document 5 6 7 with loss on 6 7:  tokens.bin -6 6 7,  address 0, length 3, num_t
 A preference pair is two documents in a row: prompt + chosen, prompt + rejected, loss on the answers.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -459,18 +460,19 @@ def once(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
     """`folder/<key>`, made by `build(an empty folder)` unless it is there whole; other processes wait for it.
 
     Whatever interrupts `build`, and whatever is lost afterwards, a folder without its seal or a file is made
-    anew. Raises Refusal where nothing can be written, DiskFull where that ends.
+    anew. Raises Refusal where nothing can be written, DiskFull where that ends. Where `build` refuses, no trace is
+    left.
     """
     target = folder_of(folder, key)
     if manifest.is_sealed(target):
         return target
+    path, new = folder / f"{target.name}.lock", [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / f"{target.name}.lock").open("w")
+        lock = _locked(path)
     except OSError as error:
         raise Refusal(f"{folder}: cannot be written ({error.strerror}); choose another --run-dir") from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         if not manifest.is_sealed(target):
             half = target.with_suffix(".half")
             shutil.rmtree(half, ignore_errors=True)
@@ -481,6 +483,24 @@ def once(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
                     build(half)
                     manifest.seal(half)
                     half.rename(target)
+            except Refusal:
+                shutil.rmtree(half, ignore_errors=True)
+                path.unlink()
+                with contextlib.suppress(OSError):  # not empty: others work there
+                    for one in new:
+                        one.rmdir()
+                raise
             finally:
                 shutil.rmtree(half, ignore_errors=True)
     return target
+
+
+def _locked(path: Path) -> TextIO:
+    """A lock file, held; the file that stands there now, not one that its last holder took away."""
+    while True:
+        lock = path.open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samefile(path, lock.fileno()):
+                return lock
+        lock.close()

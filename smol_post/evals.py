@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from smol_post import disk, export, locks, manifest
 from smol_post.config import EvalsRecipe, Made
 from smol_post.plan import Job, say
+from smol_post.points import read_evals
 from smol_post.refusal import Failure, Refusal, did_you_mean
 from smol_post.runner import interrupt_on_sigterm
 
@@ -110,7 +111,7 @@ def hold(recipe: EvalsRecipe, jobs: Sequence[Job], job: Job) -> None:
         return
     where = f"{job.recipe_file}: gates"
     evaluate_all(recipe, jobs, only=job.name)
-    result = manifest.read_json(path.with_name(f"{job.name}.json"))
+    result = read_evals(path.with_name(f"{job.name}.json"))
     short, found = list[str](), dict[str, Any]()
     for name, bound in gates.items():
         if name not in result["metrics"]:

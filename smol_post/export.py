@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from smol_post import __version__, manifest
+from smol_post.config import local_path
 from smol_post.plan import say
 from smol_post.refusal import Refusal
 from smol_post.runner import EXIT_OK, Parser, interrupt_on_sigterm, refuse
@@ -52,8 +53,10 @@ def yarn(tree: dict[str, Any], *, context: int, where: Path) -> dict[str, Any]:
     Raises Refusal where there is no plain RoPE, or nothing to extend. The original length is written down, as
     transformers would else take the new one for it.
     """
-    old_form = {"rope_theta": tree.get("rope_theta"), **(tree.get("rope_scaling") or {})}  # transformers 4
+    old_form, scaling = {"rope_theta": tree.get("rope_theta")}, tree.get("rope_scaling")  # transformers 4
+    old_form |= scaling if isinstance(scaling, dict) else {}
     rope, original = tree.get("rope_parameters") or old_form, tree.get("max_position_embeddings")
+    rope = rope if isinstance(rope, dict) else {}
     if not isinstance(rope.get("rope_theta"), int | float) or not isinstance(original, int):
         raise Refusal(
             f"{where}: found no rope_parameters.rope_theta with max_position_embeddings, wanted one RoPE for "
@@ -93,7 +96,7 @@ def write(folder: Path, out: Path, *, context: int) -> dict[str, Any]:
     tokenizer = manifest.read_json(folder / TOKENIZER) if TOKENIZER in files else {}
     if tokenizer.get("model_max_length", _UNLIMITED) < _UNLIMITED:
         new[TOKENIZER] = tokenizer | {"model_max_length": context}
-    place = out.resolve()
+    place = local_path(str(out), Path())
     part = place.with_name(f".{place.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
@@ -128,7 +131,7 @@ def _check_place(folder: Path, out: Path) -> None:
         raise Refusal(f"{folder}: found an unfinished run, wanted a whole one; finish it first")
     if not (folder / CONFIG).is_file():
         raise Refusal(f"{folder}: found no {CONFIG}, so no checkpoint; name a run such as runs/tiny/merge")
-    if folder.resolve() in out.resolve().parents:
+    if local_path(str(folder), Path()) in local_path(str(out), Path()).parents:
         raise Refusal(f"{out}: lies inside {folder}, which stays as it is; name a folder elsewhere")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise Refusal(f"{out}: exists and is no empty folder; name another, or remove it")
@@ -142,7 +145,8 @@ def _source(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     files: dict[str, str] = run["files"]
     weights = {name for name in files if name.endswith(".safetensors")}
     if _INDEX in files:
-        weights |= set(manifest.read_json(folder / _INDEX)["weight_map"].values())
+        index = manifest.read_json(folder / _INDEX, remedy="mend it", wanted={"weight_map": dict[str, str]})
+        weights |= set(index["weight_map"].values())
     for name in sorted(weights):
         try:
             safe_open(folder / name, framework="np").__exit__(None, None, None)  # its header fits its size

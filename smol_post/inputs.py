@@ -91,9 +91,11 @@ def deciding(recipe: dict[str, Any]) -> dict[str, Any]:
     kept = {key: one for key, one in recipe.items() if key not in ("verify", "gates", "stated_tokens")}
     if not kept.get("trust_remote_code"):  # as it was before recipes had the key
         kept.pop("trust_remote_code", None)
-    if "sources" in kept:
+    if isinstance(kept.get("sources"), list):
         kept["sources"] = [
-            {key: one for key, one in source.items() if key != "size"} for source in kept["sources"]
+            {key: one for key, one in source.items() if key != "size"}
+            for source in kept["sources"]
+            if isinstance(source, dict)
         ]
     return kept
 

@@ -48,6 +48,8 @@ LOG, BAD_BATCH, TOTALS = "train_log.jsonl", "bad_batch.json", "instruments.json"
 # nothing.
 RECENT_STEPS, HISTORY_STEPS, FACTOR, MARGIN = 10, 100, 3.0, 0.5
 SPEED_STEPS = 100  # speed and time left are those of so many last steps, the first of the process left out
+_TOTALS = {"losses": list[float], "launch": dict[str, Any], "num_tokens": int, "num_trained_tokens": int,
+           "loss": float, "seconds": float}  # fmt: skip
 _encode = json.JSONEncoder(allow_nan=False).encode
 _LASTING = {"num_tokens", "num_trained_tokens", "seconds", "memory_bytes"}
 
@@ -126,7 +128,7 @@ class Instruments(TrainerCallback):
         self.trainer.tally.clear()  # what was computed before step 1 is no part of it
         self.trainer.addresses.clear()
         if state.global_step:
-            self.totals = manifest.read_json(_checkpoint(args, state) / TOTALS)
+            self.totals = manifest.read_json(_checkpoint(args, state) / TOTALS, wanted=_TOTALS)
             self.losses.extend(self.totals.pop("losses"))
             self.totals.pop("launch")
         self.lap = self.due = self.totals["seconds"]

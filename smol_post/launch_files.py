@@ -1,6 +1,7 @@
 """A launch file of accelerate, as far as it decides memory: how many processes, and what each holds."""
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -143,7 +144,7 @@ def _yes(tree: dict[str, Any], key: str) -> bool:
 
 def _deepspeed_file(path: Path, name: str) -> dict[str, Any]:
     """DeepSpeed's own configuration, named from the working directory or beside the launch file."""
-    places = [Path(name).expanduser(), path.parent / name]
+    places = [Path(os.path.expanduser(name)), path.parent / name]
     found = next((one for one in places if one.is_file()), None)
     if found is None:
         raise Refusal(f"{path}: deepspeed_config_file: {name}: no such file; mend the path")

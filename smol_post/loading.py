@@ -7,7 +7,9 @@ recipe.
     (['trainer', 'learning_rate'], 0.001)
 """
 
+import math
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +25,9 @@ _SECRET_KEY = re.compile(
     r"^((hub|hf|auth|access|bearer|secret)_?)?token$|api_?key|password|passwd|secret|credential",
     re.IGNORECASE,
 )
+# Of a recipe file, and of what its aliases unfold to. Our choice: twenty-five times the longest of ours.
+MAX_CHARACTERS = 150_000
+MAX_DEPTH = 50
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
@@ -34,58 +39,141 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not found or not key:
         raise Refusal(f"argument '{text}': wanted key=value, for example trainer.learning_rate=1.0e-3")
     try:
-        return key.split("."), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise Refusal(f"argument '{text}': the value is not YAML; quote it") from None
+        return key.split("."), _parse(value)
+    except ValueError as error:
+        raise Refusal(f"argument '{text[:80]}': the value is not YAML ({error}); quote it") from None
 
 
-def apply_override(tree: dict[str, Any], path: list[str], value: Any) -> None:
+def apply_override(tree: dict[str, Any], path: list[str], value: Any, *, where: str = "argument") -> None:
     """Set `tree[a][b] = value` in place; list items by number (`sources.0.num_rows`)."""
     node: Any = tree
+    where = f"{where} {'.'.join(path)}"
     for depth, key in enumerate(path):
         last = depth == len(path) - 1
         if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
-                raise Refusal(f"argument {'.'.join(path)}: '{key}' wanted a number under {len(node)}")
+            if not (key.isdecimal() and len(key) < 10 and int(key) < len(node)):
+                raise Refusal(f"{where}: found '{key}', wanted a number under {len(node)}")
             index: Any = int(key)
         elif isinstance(node, dict):
             index = key
         else:
-            raise Refusal(f"argument {'.'.join(path)}: '{path[depth - 1]}' has no keys of its own")
+            raise Refusal(f"{where}: '{path[depth - 1]}' has no keys of its own")
         if last:
             node[index] = value
         else:
             node = node.setdefault(index, {}) if isinstance(node, dict) else node[index]
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key given twice, which YAML would silently resolve to the last one."""
+class _Loader(yaml.SafeLoader):
+    """Refuses what YAML would take without a word: a key given twice or that is no text, text that cannot be
+    written, numbers that nothing counts, aliases that unfold to very much. Plain aliases and merges work.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """A node and all within it; called by yaml, whose scanner takes long over deep nesting."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=self.get_mark())
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def get_single_node(self) -> Any:
+        """The document, if its aliases are harmless; called by yaml."""
+        node = super().get_single_node()
+        size, depth = _unfolded(node, {})
+        if size > MAX_CHARACTERS or depth > MAX_DEPTH:
+            what = f"over {MAX_CHARACTERS:,} characters" if size > MAX_CHARACTERS else "very deep nesting"
+            raise yaml.MarkedYAMLError(problem=f"its aliases unfold to {what}")
+        return node
 
 
-def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
+def _unfolded(node: Any, known: dict[int, tuple[float, int]]) -> tuple[float, int]:
+    """Characters and nodes of a tree whose aliases are written out, and its depth.
+
+    Infinitely many where one is within itself.
+    """
+    if id(node) not in known:
+        known[id(node)] = (math.inf, 0)
+        inner: Any = node.value if isinstance(node, yaml.CollectionNode) else ()
+        inner = chain.from_iterable(inner) if isinstance(node, yaml.MappingNode) else inner
+        sizes = [_unfolded(one, known) for one in inner]
+        own = len(node.value) if isinstance(node, yaml.ScalarNode) else 1
+        known[id(node)] = (own + sum(one for one, _ in sizes), 1 + max((one for _, one in sizes), default=0))
+    return known[id(node)]
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key, _ in node.value:
         if str(key.value) in seen:
-            problem = f"the key '{key.value}' is given twice"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            raise _problem(key, f"the key '{key.value}' is given twice")
         seen.add(str(key.value))
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+    made = yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+    for key in made:
+        if not isinstance(key, str):
+            raise _problem(node, f"the key {key!r} is no text; quote it")
+    return made
 
 
-_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    if "\0" in node.value or any("\ud800" <= one <= "\udfff" for one in node.value):
+        raise _problem(node, f"the text {node.value[:40]!r} holds NUL or half a character; take it out")
+    return node.value
+
+
+def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    number = loader.construct_yaml_int(node)
+    if abs(number) >= 2**63:
+        raise _problem(node, f"the number {node.value[:40]} has more than 63 bits; take a smaller one")
+    return number
+
+
+def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    number = loader.construct_yaml_float(node)
+    if not math.isfinite(number):
+        raise _problem(node, f"the number {node.value[:40]} is not finite; take one that is")
+    return number
+
+
+def _problem(node: yaml.Node, text: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=text, problem_mark=node.start_mark)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG, _text)
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
+
+
+def _parse(text: str) -> Any:
+    """One YAML document; ValueError in a line, with the number of the line it is about."""
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"found {len(text):,} characters, wanted at most {MAX_CHARACTERS:,}")
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(line + (getattr(error, "problem", None) or str(error).splitlines()[0])) from None
+    except (ValueError, LookupError, AttributeError, TypeError) as error:  # of a scalar, such as 2025-13-01
+        raise ValueError(f"a value that is none: {error}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping, or a Refusal with the line number."""
+    if not path.exists():
+        raise Refusal(f"{path}: no such file; give a recipe file such as recipes/tiny/sft.yaml")
+    if not path.is_file():
+        raise Refusal(
+            f"{path}: is no file that can be read whole (a folder, pipe or device); give a recipe file"
+        )
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # a SafeLoader
-    except FileNotFoundError:
-        raise Refusal(f"{path}: no such file; give a recipe file such as recipes/tiny/sft.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise Refusal(f"{path}:{line} not readable as YAML ({problem}); mend the file") from None
+        tree = _parse(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise Refusal(f"{path}: not readable as YAML ({error}); mend the file") from None
     if not isinstance(tree, dict):
         raise Refusal(f"{path}: found {type(tree).__name__}, wanted a mapping of keys to values")
     return tree
@@ -114,6 +202,8 @@ def _sentence(model: type[BaseModel], problem: Any) -> str:
         message = problem["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
     wanted = problem["msg"].removeprefix("Input should be ")
+    if kind in ("string_type", "literal_error") and not isinstance(found, str | dict | list):
+        wanted += "; YAML reads bare words such as on, no and 2025-07-01 as something else, quote it"
     return f"{key}: found {describe(found)}, wanted {wanted}{text_number(found)}"
 
 
@@ -146,7 +236,7 @@ def load_recipe(
     """
     tree = read_yaml(path)
     for key, value in (overrides or {}).items():
-        apply_override(tree, key.split("."), value)
+        apply_override(tree, key.split("."), value, where=f"{path}: overrides:")
     for argument in arguments or []:
         apply_override(tree, *parse_override(argument))
     stage = tree.get("stage")

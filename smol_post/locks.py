@@ -46,9 +46,18 @@ def take(folder: Path, *, what: str) -> TextIO:
             stream.flush()
             return stream
         stream.close()  # the former owner removed the file when it was done
-    found = _read(path)
+    raise _refusal(folder, what, _read(path))
+
+
+def check(folder: Path, *, what: str) -> None:
+    """Refusal, as of `take`, where a process holds the lock of `folder`; nothing is written."""
+    if found := holder(folder):
+        raise _refusal(folder, what, found if found["pid"] else None)
+
+
+def _refusal(folder: Path, what: str, found: dict[str, Any] | None) -> Refusal:
     who = "{pid} on {host}, since {started}".format(**found) if found else "that has just begun"
-    raise Refusal(f"{folder}: {what} is under way, by process {who}; wait for it or stop it")
+    return Refusal(f"{folder}: {what} is under way, by process {who}; wait for it or stop it")
 
 
 def holder(folder: Path) -> dict[str, Any] | None:

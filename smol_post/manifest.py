@@ -15,9 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from smol_post.refusal import Refusal
+from pydantic import TypeAdapter, ValidationError
+
+from smol_post.refusal import Refusal, describe
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -27,6 +30,10 @@ SEAL = "whole.json"  # of a checkpoint under way, or a folder of the data cache
 SOUP = "soup"  # inside a merge: the average before the last merge
 GATES = "gates"  # beside the evals: gates_<run>.json, what a run's recipe demands of it
 VERIFY = "verify.json"  # what was proved before step 1
+# What is read again of state.json and of manifest.json.
+RUN = {"fingerprint": str, "recipe": dict[str, Any], "parents": list[dict[str, Any]]}
+WHOLE = {**RUN, "stage": str, "files": dict[str, str], "digest": str}
+_SHOULD = "Input should be "
 _NOT_CONTENT = {MANIFEST, STATE, VERIFY, SEAL, "bad_batch.json", "instruments.json", "trainer_state.json"}
 _CONTENT_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
 _PACKAGES = (
@@ -55,7 +62,9 @@ def digest_tree(tree: Any) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """`sha256:...` of a file's bytes."""
+    """`sha256:...` of a file's bytes; Refusal for a pipe or device, which would never end."""
+    if not path.is_file():
+        raise Refusal(f"{path}: is no file that can be read whole (a pipe or device); give a file")
     with path.open("rb") as stream:
         return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -79,16 +88,33 @@ def is_whole(run_dir: Path) -> bool:
     return (run_dir / MANIFEST).is_file()
 
 
-def read_json(path: Path, *, remedy: str = "remove the run and make it again") -> dict[str, Any]:
-    """A JSON object of ours; Refusal, with what to do, where the file is missing or damaged."""
+def read_json(
+    path: Path,
+    *,
+    remedy: str = "remove the run and make it again",
+    wanted: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """A JSON object of ours; Refusal, with what to do, where the file is missing or damaged.
+
+    `wanted`: keys that it must have, and the types of their values.
+    """
+    if not path.is_file():
+        raise Refusal(f"{path}: no such file, so this run is not whole; finish the run first")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Refusal(f"{path}: no such file, so this run is not whole; finish the run first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise Refusal(f"{path}: not readable as JSON; {remedy}") from None
     if not isinstance(found, dict):
         raise Refusal(f"{path}: found {type(found).__name__}, wanted an object; {remedy}")
+    for key, kind in wanted.items():
+        try:
+            TypeAdapter(kind).validate_python(found.get(key), strict=True)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where, wish = ".".join(map(str, (key, *problem["loc"]))), problem["msg"].removeprefix(_SHOULD)
+            raise Refusal(
+                f"{path}: {where}: found {describe(problem['input'])}, wanted {wish}; {remedy}"
+            ) from None
     return found
 
 
@@ -99,7 +125,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
         raise Refusal(
             f"{run_dir / MANIFEST}: found schema {found.get('schema')!r}, wanted {SCHEMA}; make the run again"
         )
-    return found
+    return read_json(run_dir / MANIFEST, wanted=WHOLE)
 
 
 def note(run_dir: Path, **facts: Any) -> None:
@@ -141,6 +167,8 @@ def verify(run_dir: Path) -> dict[str, Any]:
         )
     for name, what in changed_files(manifest["files"], content_files(run_dir)).items():
         raise Refusal(f"{run_dir / name}: {what} since the run ended; restore it or make the run again")
+    if manifest["digest"] != content_digest(manifest["files"]):
+        raise Refusal(f"{run_dir / MANIFEST}: digest: is not that of its files; make the run again")
     return manifest
 
 

@@ -6,13 +6,13 @@ one.
 """
 
 import ctypes
-import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -24,11 +24,23 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from smol_post import attention
-from smol_post.refusal import Refusal
+from smol_post import attention, manifest
+from smol_post.refusal import Refusal, describe
 from smol_post.trust import check_checkpoint
 from smol_post.vocabulary import token_id
 
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads")  # fmt: skip
+# What transformers raises over a config.json that is none.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    StrictDataclassError,
+)
 logging.disable_progress_bar()  # of transformers; progress is ours to show
 if not torch.cuda.is_available():  # else DeepSpeed looks for a GPU and says so at every start
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -68,9 +80,10 @@ def load_model(
 
     `rope_theta` and `max_position_embeddings` replace the checkpoint's before the model is built; the live
     frequencies are then held against the configuration. Raises Refusal where the folder is no checkpoint, a
-    weight is missing, or the model keeps its RoPE elsewhere; and as `trust.check_checkpoint` does.
+    weight is missing or not finite, or the model keeps its RoPE elsewhere, and as `check_checkpoint` does.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
+    safetensors_files(folder)
     if rope_theta is not None:
         parameters = dict(getattr(config, "rope_parameters", None) or {})
         if "rope_theta" not in parameters:
@@ -97,7 +110,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # so that the next lines name them
             **quantized,
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Refusal(f"{folder}: no loadable weights ({reason}); mend the parent") from None
     lost = (
@@ -109,8 +122,28 @@ def load_model(
         raise Refusal(
             f"{folder}: weights do not fit config.json ({lost[0]}, {len(lost)} in all); mend the checkpoint"
         )
+    check_finite(model, folder)
     check_rope(model)
     return model
+
+
+def check_finite(model: PreTrainedModel, folder: Path) -> None:
+    """Refusal where a tensor of a loaded checkpoint holds NaN or infinity: the first loss would be NaN.
+
+    By sums, which those pass through: one reading of the weights, and no copy of them.
+    """
+    for name, tensor in model.named_parameters():
+        if (
+            tensor.is_meta
+            or not tensor.is_floating_point()
+            or tensor.detach().sum(dtype=torch.float32).isfinite()
+        ):
+            continue
+        if number := int((~tensor.isfinite()).sum()):
+            raise Refusal(
+                f"{folder}: {name}: found {number:,} of {tensor.numel():,} values that are NaN or infinite, "
+                "wanted finite weights; take a checkpoint from before training diverged"
+            )
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -118,9 +151,16 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     check_checkpoint(folder, trust_remote_code=trust_remote_code)
     if not (folder / "config.json").is_file():
         raise Refusal(f"{folder}: no config.json, so no Hugging Face checkpoint; mend the parent")
+    tree = manifest.read_json(folder / "config.json", remedy="mend the parent")
+    for key in _SIZES:
+        if (size := tree.get(key)) is not None and not (isinstance(size, int) and size > 0):
+            raise Refusal(
+                f"{folder / 'config.json'}: {key}: found {describe(size)}, wanted a whole number above 0; "
+                "mend the parent"
+            )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Refusal(
             f"{folder / 'config.json'}: not a model configuration ({reason}); mend the parent"
@@ -275,18 +315,31 @@ def check_saved(shapes: dict[str, list[int]], folder: Path) -> None:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint: those of the index, or every .safetensors."""
+    """The weight files of a checkpoint: those of the index, or every .safetensors.
+
+    Refusal where there are none, or the index names a file that does not lie in the folder.
+    """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    return sorted(folder.glob("*.safetensors"))
+    if not index.is_file():
+        if found := sorted(folder.glob("*.safetensors")):
+            return found
+        raise Refusal(
+            f"{folder}: found no .safetensors, wanted the weights in that form; convert or add them"
+        )
+    remedy = "mend the checkpoint"
+    names = manifest.read_json(index, remedy=remedy, wanted={"weight_map": dict[str, str]})[
+        "weight_map"
+    ].values()
+    for name in sorted(set(names)):
+        if name != Path(name).name or not (folder / name).is_file():
+            raise Refusal(f"{index}: found '{name}', wanted a file of {folder}; {remedy}")
+    return sorted({folder / name for name in names})
 
 
 def build_model(
     parameters: dict[str, Any], *, vocab_size: int, token_ids: dict[str, int], attn_implementation: str
 ) -> PreTrainedModel:
     """A freshly initialised SmolLM3 from configuration keys; Refusal where the configuration refuses them."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
     attention.register()

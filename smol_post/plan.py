@@ -90,7 +90,11 @@ def make_plan(
     pipeline = loading.load_pipeline(folder)
     entries = pipeline.runs
     if where.is_file():
-        entries = [entry for entry in entries if (folder / entry.recipe).resolve() == where.resolve()]
+        entries = [
+            entry
+            for entry in entries
+            if config.local_path(entry.recipe, folder) == config.local_path(str(where), Path())
+        ]
         if not entries:
             raise Refusal(
                 f"{where}: no run of {folder / 'pipeline.yaml'} uses this recipe; add an entry for it there"
@@ -135,7 +139,10 @@ def check_names(recipe: config.Recipe, path: Path) -> None:
         raise Refusal(f"{path}: peft.load_in_4bit: no bitsandbytes here; pip install 'smol_post[qlora]'")
     template = getattr(recipe, "chat_template", None)
     if template is not None:
-        chat.load_template(template, folder=path.parent)
+        try:
+            chat.load_template(template, folder=path.parent)
+        except Refusal as refusal:
+            raise Refusal(f"{path}: chat_template: {refusal}") from None
     if isinstance(recipe, config.MergeRecipe) and recipe.gate:
         suite = path.parent / recipe.gate.suite
         if not isinstance(inner := loading.load_recipe(suite), config.EvalsRecipe):
@@ -200,14 +207,14 @@ def resolve_parent(job: Job, path: str, *, rehash: bool = True) -> Parent:
         _check_gates(job, path, root, found["digest"])
         if folder.parent.name == manifest.CHECKPOINTS and (lost := manifest.broken(folder)):
             raise Refusal(f"{job.run_dir}: parent {path}: {lost[0]}; make {root} again, or name another")
-        if folder.resolve() == root.resolve():
-            return Parent(path, root.resolve(), found["digest"], found["stage"])
-        return Parent(path, folder.resolve(), _folder_digest(path, folder), found["stage"])
+        if (real := config.local_path(str(folder), Path())) == config.local_path(str(root), Path()):
+            return Parent(path, real, found["digest"], found["stage"])
+        return Parent(path, real, _folder_digest(path, folder), found["stage"])
     if path.startswith(("/", "~")):
-        folder = Path(path).expanduser()
+        folder = config.local_path(path, Path())
         if manifest.is_whole(folder):
             found = known(folder)
-            _check_gates(job, path, folder.resolve(), found["digest"])
+            _check_gates(job, path, folder, found["digest"])
             return Parent(path, folder, found["digest"], found["stage"])
         return Parent(path, folder, _folder_digest(path, folder), None)
     if Path(path).is_dir() or (job.recipe_file.parent / path).is_dir():
@@ -221,7 +228,9 @@ def resolve_parent(job: Job, path: str, *, rehash: bool = True) -> Parent:
 def _check_gates(job: Job, parent: str, root: Path, digest: str) -> None:
     """Refuse a parent that was found to fall short of its gates."""
     path = root.parent / "evals" / f"{manifest.GATES}_{root.name}.json"
-    found = manifest.read_json(path) if path.is_file() else {}
+    wanted = {"digest": str, "passed": bool, "short": list[str]}
+    remedy = "remove it; smol-post run with the recipe folder measures again"
+    found = manifest.read_json(path, remedy=remedy, wanted=wanted) if path.is_file() else {}
     if found.get("digest") == digest and not found["passed"]:
         raise Refusal(
             f"{job.run_dir}: parent {parent} falls short: {'; '.join(found['short'])}; mend its "

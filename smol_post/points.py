@@ -18,6 +18,10 @@ GROUPS = {  # prefixes of metric names, in the order of the columns
     "other": ("",),
 }
 
+# What is read of a manifest; the report of a chain with others is refused, not half of it shown.
+_MANIFEST = {"stage": str, "digest": str, "recipe": dict[str, Any], "data": dict[str, Any] | None,
+             "parents": list[dict[str, str | None]], "metrics": dict[str, Any], "versions": dict[str, Any],
+             "seconds": float}  # fmt: skip
 _LOWER = re.compile(r"(?:^|_)(?:perplexity|loss|nll|bits_per_byte|brier)(?:_|$)")
 
 
@@ -70,20 +74,24 @@ def read_points(run_root: Path, runs: Sequence[str]) -> list[Point]:
     """All checkpoints in the order of the chain; the soup of a whole merge, if measured, stands before it."""
     points: list[Point] = []
     for name in runs:
-        manifest = _read_json(run_root / name / "manifest.json")
+        manifest = _read_json(run_root / name / "manifest.json", wanted=_MANIFEST)
         soup = f"{name}_soup"
         if manifest.get("stage") == "merge" and soup not in runs:
-            evals, folder = _read_evals(run_root / "evals" / f"{soup}.json"), run_root / name / SOUP
+            evals, folder = read_evals(run_root / "evals" / f"{soup}.json"), run_root / name / SOUP
             if evals:
                 digest = content_digest(content_files(folder)) if folder.is_dir() else None
                 points.append(Point(soup, False, {}, evals, [], "merge", {}, digest=digest))
-        evals = _read_evals(run_root / "evals" / f"{name}.json")
+        evals = read_evals(run_root / "evals" / f"{name}.json")
         log = _read_log(run_root / name / "train_log.jsonl") if manifest else []
-        parents = {Path(p["path"]).name: p.get("digest") or "" for p in manifest.get("parents") or []}
+        parents = {
+            Path(p.get("path") or "").name: p.get("digest") or "" for p in manifest.get("parents") or []
+        }
         stage = manifest.get("stage") or evals.get("stage") or ""
-        gated = _read_json(run_root / "evals" / f"gates_{name}.json")
+        gated = _read_json(
+            run_root / "evals" / f"gates_{name}.json", wanted={"gates": dict[str, dict[str, Any]] | None}
+        )
         gated = gated if gated.get("digest") == manifest.get("digest") else {}
-        verified = _read_json(run_root / name / "verify.json")
+        verified = _read_json(run_root / name / "verify.json", wanted={"proofs": list[dict[str, Any]]})
         digest = manifest.get("digest")
         points.append(Point(name, True, manifest, evals, log, stage, parents, gated, verified, digest))
     return mark_others(points)
@@ -103,11 +111,13 @@ def mark_others(points: list[Point]) -> list[Point]:
     return [replace(p, asked_others=other) for p, other in zip(points, others, strict=True)]
 
 
-def _read_json(path: Path, remedy: str = "remove the file and run its stage again") -> dict[str, Any]:
-    return read_json(path, remedy=remedy) if path.is_file() else {}
+def _read_json(
+    path: Path, remedy: str = "remove the file and run its stage again", **wanted: Any
+) -> dict[str, Any]:
+    return read_json(path, remedy=remedy, **wanted) if path.is_file() else {}
 
 
-def _read_evals(path: Path) -> dict[str, Any]:
+def read_evals(path: Path) -> dict[str, Any]:
     """What was measured on a checkpoint; Refusal where the file is not of the shape that evals have."""
     remedy = "remove the file and measure again with smol-post evals"
     evals = _read_json(path, remedy)

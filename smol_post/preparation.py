@@ -46,7 +46,7 @@ def parent_tokenizer(
     path, trusted = job.parent_paths[0], getattr(job.recipe, "trust_remote_code", False)
     if not path.startswith("../"):
         own = path.startswith(("/", "~"))
-        folder = Path(path).expanduser() if own else hub.checkpoint(path, weights=False, code=trusted)
+        folder = config.local_path(path, Path()) if own else hub.checkpoint(path, weights=False, code=trusted)
         return vocabulary.load_tokenizer(folder, trust_remote_code=trusted)
     parent = next(one for one in pipeline if one.name == path[3:].split("/")[0])
     if parent.name not in known:
@@ -65,8 +65,6 @@ Ready = list[tuple[Job, "Vocabulary"]]
 
 def _ready(arguments: argparse.Namespace, pairs: list[str], *, one: bool = False) -> Ready:
     """Every run asked for that trains (or the only one), with its vocabulary."""
-    from smol_post import vocabulary
-
     where = Path(arguments.recipe)
     root = Path(arguments.run_dir) if arguments.run_dir else None
     plan = make_plan(where, run_root=root, run=arguments.run, arguments=pairs)
@@ -76,6 +74,8 @@ def _ready(arguments: argparse.Namespace, pairs: list[str], *, one: bool = False
     if one and len(jobs) > 1:
         names = ", ".join(job.name for job in jobs)
         raise Refusal(f"{where}: found the runs {names}; name one, --run {jobs[0].name}")
+    from smol_post import vocabulary  # what is wrong with a recipe is said before libraries are loaded
+
     known: dict[str, PreTrainedTokenizerBase] = {}
     ready: Ready = []
     for job in jobs:

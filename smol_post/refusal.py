@@ -22,18 +22,25 @@ def redacted(text: str) -> str:
     return SECRET.sub("***", text)
 
 
-class _Line(Exception):
-    """One line for a person, which ends in logs and in state.json."""
+class _OneLine(Exception):
+    """A message of one printable line, not endless and without secrets, whatever it quotes."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(redacted(text))
+        r"""Whatever would not print is escaped.
+
+        >>> str(Refusal("a\nb: found \ud800"))
+        'a\\nb: found \\ud800'
+        """
+        text = redacted(text)
+        text = text if len(text) <= 1500 else f"{text[:1000]} ... {text[-400:]}"
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
-class Refusal(_Line):
+class Refusal(_OneLine):
     """Input we will not run: one line that says where, what was found, what was wanted and what to do."""
 
 
-class Failure(_Line):
+class Failure(_OneLine):
     """A run that cannot go on, for a reason we know: one line as in a Refusal, exit code 1, no traceback."""
 
 

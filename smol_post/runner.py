@@ -47,27 +47,22 @@ def claim(job: Job, parents: list[Parent], print_id: str) -> TextIO | None:
         old = manifest.read_manifest(job.run_dir)
         if old["fingerprint"] == print_id:
             return None
-        raise _other_recipe(job, old, parents, "whole")
-    state_path = job.run_dir / manifest.STATE
+        raise _other_recipe(job, old, parents, "a whole")
     ours = {LOCK, manifest.STATE, manifest.STATE + ".tmp"}
     found = {path.name for path in job.run_dir.iterdir()} if job.run_dir.is_dir() else set()
     if found - ours and manifest.STATE not in found:
         raise Refusal(f"{job.run_dir}: exists and is no run of ours; choose another --run-dir or remove it")
+    locks.check(job.run_dir, what="a run")
+    _check_unfinished(job, parents, print_id)  # before anything is written, and once more when locked
     try:
         job.run_dir.mkdir(parents=True, exist_ok=True)
+        lock = locks.take(job.run_dir, what="a run")
     except OSError as error:
         raise Refusal(f"{job.run_dir}: cannot be made ({error.strerror}); choose another --run-dir") from None
-    lock = locks.take(job.run_dir, what="a run")
     if manifest.is_whole(job.run_dir):
         raise Refusal(f"{job.run_dir}: another process has just made this run; type the command again")
-    if state_path.is_file():
-        old = manifest.read_json(state_path)
-        # a run without checkpoints holds nothing that could be lost
-        begun = any((job.run_dir / manifest.CHECKPOINTS).glob("checkpoint-*"))
-        if old["fingerprint"] != print_id:
-            if begun:
-                raise _other_recipe(job, old, parents, "unfinished")
-            _clear(job.run_dir)
+    if _check_unfinished(job, parents, print_id):
+        _clear(job.run_dir)
     record(job, parents, print_id, "running")
     return lock
 
@@ -81,10 +76,24 @@ def _clear(run_dir: Path) -> None:
             path.unlink()
 
 
+def _check_unfinished(job: Job, parents: list[Parent], print_id: str) -> bool:
+    """Whether another recipe's attempt is to be removed; Refusal where it has checkpoints or is damaged."""
+    path = job.run_dir / manifest.STATE
+    if path.is_file():
+        old = manifest.read_json(path, wanted=manifest.RUN)
+        # a run without checkpoints holds nothing that could be lost
+        begun = any((job.run_dir / manifest.CHECKPOINTS).glob("checkpoint-*"))
+        if old["fingerprint"] != print_id:
+            if begun:
+                raise _other_recipe(job, old, parents, "an unfinished")
+            return True
+    return False
+
+
 def _other_recipe(job: Job, old: dict[str, Any], parents: list[Parent], state: str) -> Refusal:
     changed = inputs.changes(old, job, inputs.collect(job, {one.path: one.digest for one in parents}))
     return Refusal(
-        f"{job.run_dir}: holds a {state} run of something else ({'; '.join(changed[:3]) or inputs.UNNAMED}); "
+        f"{job.run_dir}: holds {state} run of something else ({'; '.join(changed[:3]) or inputs.UNNAMED}); "
         "remove it, or choose another --run-dir"
     )
 
@@ -335,6 +344,15 @@ class Parser(argparse.ArgumentParser):
         """Refuse; called by argparse."""
         sys.exit(refuse(Refusal(f"{message}; see {self.prog} --help")))
 
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
+        """Refuse, besides, a word that no file system takes as a path; called by argparse."""
+        for word in args or []:
+            if "=" not in word and any(len(os.fsencode(part)) > 255 for part in word.split("/")):
+                self.error(f"argument '{word[:40]}...': found a name of over 255 bytes, wanted a path")
+        return super().parse_known_args(args, namespace)
+
 
 def parser(program: str, *, stage: str | None) -> argparse.ArgumentParser:
     """The arguments every stage command takes."""
@@ -357,7 +375,7 @@ def parse(made: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Name
     unknown = [word for word in words if word.startswith("-")]
     if unknown:
         raise Refusal(f"argument {unknown[0]}: unknown option; see {made.prog} --help")
-    pairs = [word for word in words if "=" in word and not Path(word).exists()]
+    pairs = [word for word in words if "=" in word and not os.path.exists(word)]
     plain = [word for word in words if word not in pairs]
     if arguments.config:
         plain = [arguments.config, *plain]

@@ -97,6 +97,10 @@ def _found(source: Source, folder: Path, span: Span | None) -> tuple[Iterator[Ra
         return _numbered(rows, number, start), number
     assert source.path is not None
     path = local_path(source.path, folder)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise Refusal(
+            f"source '{source.name}': {path}: is a pipe or device, wanted a file or folder; save it"
+        )
     if span and span.files:
         return _numbered(_streamed(source, span), span.num_rows, start), span.num_rows
     if not is_local(source.path) or path.is_dir():

@@ -118,6 +118,8 @@ def check_trainer_block(stage: str, block: dict[str, Any], *, where: str) -> Non
         )
         if not matches:
             raise Refusal(f"{at}: found {describe(value)}, wanted {' or '.join(types)}{text_number(value)}")
+        if not isinstance(value, bool) and isinstance(value, int | float) and value < 0:
+            raise Refusal(f"{at}: found {describe(value)}, wanted no negative number")
         if choices and value is not None and value not in choices:
             raise Refusal(f"{at}: found {describe(value)}{did_you_mean(str(value), choices)}")
     check_trackers(block.get("report_to"), where=f"{where}: trainer.report_to")

@@ -368,14 +368,14 @@ def check_launch(checkpoint: Path, accelerator: Accelerator, run_dir: Path) -> N
 
     Whole replicas (one process, DDP) and FSDP2's shards resume on any number of processes, ZeRO's on as many.
     """
-    saved = manifest.read_json(checkpoint / TOTALS)["launch"]
+    saved = manifest.read_json(checkpoint / TOTALS, wanted={"launch": dict[str, Any]})["launch"]
     here = launch_of(accelerator)
-    if saved["engine"] == here["engine"] and (saved == here or here["engine"] != "DEEPSPEED"):
+    if saved.get("engine") == here["engine"] and (saved == here or here["engine"] != "DEEPSPEED"):
         return
     raise Refusal(
-        f"{checkpoint}: was saved by {saved['num_processes']} processes ({saved['engine']}), this launch has "
-        f"{here['num_processes']} ({here['engine']}), which cannot read its optimiser; launch as before, or "
-        f"remove {run_dir} to begin again"
+        f"{checkpoint}: was saved by {saved.get('num_processes')} processes ({saved.get('engine')}), this "
+        f"launch has {here['num_processes']} ({here['engine']}), which cannot read its optimiser; launch as "
+        f"before, or remove {run_dir} to begin again"
     )
 
 
@@ -413,7 +413,10 @@ def fit(
         steps = recipe.num_steps or math.ceil((recipe.num_epochs or 1) * ledger["updates_per_epoch"])
         disk.require(run_dir, required_bytes(recipe, trained, run_dir, steps), what="the run")
     note = run_dir / manifest.CHECKPOINTS / "data.json"
-    if resumed and manifest.read_json(note)["fingerprint"] != ledger["fingerprint"]:
+    if (
+        resumed
+        and manifest.read_json(note, wanted={"fingerprint": str})["fingerprint"] != ledger["fingerprint"]
+    ):
         raise Refusal(f"{resumed}: was made from other data or other code; remove {run_dir} to begin again")
     if first:
         note.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from smol_post import chat, synthetic
+from smol_post import chat, manifest, synthetic
 from smol_post.config import ApoRecipe, MidRecipe, SftRecipe, Training
 from smol_post.refusal import Refusal
 from smol_post.trust import check_checkpoint
@@ -88,19 +88,35 @@ def _try_template(tokenizer: PreTrainedTokenizerBase, template: str, *, name: st
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer saved in a checkpoint; Refusal where there is none, or one that cannot be trusted."""
     check_checkpoint(folder, trust_remote_code=trust_remote_code)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            manifest.read_json(folder / name, remedy="save the tokenizer there again")
     try:
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise Refusal(
-            f"{folder}: no loadable tokenizer ({str(error).splitlines()[0]}); save one there"
-        ) from None
+    except Exception as error:  # noqa: BLE001  tokenizers raises no other class for what it cannot read
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Refusal(f"{folder}: no loadable tokenizer ({reason}); save one there") from None
     if not isinstance(loaded, PreTrainedTokenizerFast):
         raise Refusal(
             f"{folder}: found a slow tokenizer ({type(loaded).__name__}), wanted a tokenizer.json; convert it"
         )
+    _check_size(loaded, folder)
     loaded.backend_tokenizer.no_truncation()  # rows are cut by the recipe, not by a file of the parent
     loaded.backend_tokenizer.no_padding()
     return loaded
+
+
+def _check_size(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refusal where a token has no row in the embedding of its checkpoint; rows without a token may be."""
+    path = folder / "config.json"
+    tree = manifest.read_json(path, remedy="mend the checkpoint") if path.is_file() else {}
+    size = (tree.get("text_config") or tree).get("vocab_size")
+    token, last = max(tokenizer.get_vocab().items(), key=lambda one: one[1])
+    if isinstance(size, int) and last >= size:
+        raise Refusal(
+            f"{folder}: tokenizer.json: found the token {token!r} with id {last}, wanted ids below the "
+            f"vocab_size {size} of config.json; take the tokenizer of this checkpoint"
+        )
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:

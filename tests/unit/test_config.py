@@ -36,16 +36,12 @@ def refusal(folder: Path, **changes: Any) -> str:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_token": 5}, "max_token: unknown key; did you mean 'max_tokens'?"),
         ({"sources__0__num_row": 5}, "sources.0.num_row: unknown key; did you mean 'num_rows'?"),
-        ({"max_tokens": "many"}, "max_tokens: found .many. \\(str\\), wanted a valid integer"),
         ({"max_tokens": True}, "max_tokens: found true \\(bool\\), wanted a valid integer"),
         ({"max_tokens": 512.0}, "max_tokens: found 512.0 \\(float\\), wanted a valid integer"),
         ({"num_steps": 0}, "num_steps: found 0 \\(int\\), wanted greater than 0"),
         ({"num_steps": None}, "give exactly one of 'num_steps' and 'num_epochs'"),
-        ({"num_epochs": 1.0}, "give exactly one of 'num_steps' and 'num_epochs'"),
         ({"packing": "ffd"}, "packing: found .ffd."),
-        ({"micro_batch_size": 3}, "global_batch_size: 4 does not divide by micro_batch_size 3"),
         ({"sources": []}, "sources: found \\[\\]"),
         ({"sources__0__keep_fraction": 0.0}, "sources.0.keep_fraction: found 0.0"),
         ({"sources__0__path": "rows.jsonl"}, "exactly one of 'path' and 'generator'"),
@@ -60,9 +56,6 @@ def refusal(folder: Path, **changes: Any) -> str:
         ({"sources__0__mode": "thinking"}, "sources.0.mode: found .thinking."),
         ({"sources__0__repeat": 1.5}, "sources.0.repeat: found 1.5"),
         ({"on_bad_rows": "ignore"}, "on_bad_rows: found .ignore."),
-        ({"stage": "sftt"}, "stage: found .sftt.*did you mean 'sft'"),
-        ({"trainer__learning_rat": 1.0}, "trainer.learning_rat: .*did you mean 'learning_rate'"),
-        ({"trainer__max_length": 5}, "trainer.max_length: the recipe owns this; set max_tokens instead"),
         ({"trainer__gradient_checkpointing": True}, "trainer.gradient_checkpointing: .*activation_check"),
         ({"trainer__learning_rate": "1e-6"}, "trainer.learning_rate: .*write 1.0e-06"),
         ({"trainer__learning_rate": True}, "trainer.learning_rate: found true \\(bool\\), wanted float"),
@@ -83,13 +76,6 @@ def test_a_misspelt_key_that_must_be_there_is_named_as_it_is_written(recipe_fold
         loading.load_recipe(path)
 
 
-def test_a_number_that_yaml_reads_as_text_is_told_how_to_write_it(recipe_folder: Path) -> None:
-    path = recipe_folder / "long_context_1.yaml"
-    path.write_text(path.read_text().replace("1500000.0", "1e-6"))
-    with pytest.raises(Refusal, match=r"rope_theta: found .1e-6.*write 1\.0e-06"):
-        loading.load_recipe(path)
-
-
 def test_a_key_given_twice_is_refused_with_its_line(recipe_folder: Path) -> None:
     path = recipe_folder / SFT
     path.write_text(path.read_text() + "num_steps: 9\n")
@@ -98,14 +84,6 @@ def test_a_key_given_twice_is_refused_with_its_line(recipe_folder: Path) -> None
     number = re.search(r"line (\d+):", str(caught.value))
     assert number is not None
     assert "num_steps" in path.read_text().splitlines()[int(number[1]) - 1]
-
-
-@pytest.mark.parametrize("text", ["a: [1", "- a\n", "", "a: \x00"])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "odd.yaml"
-    path.write_text(text)
-    with pytest.raises(Refusal, match=r"odd\.yaml"):
-        loading.load_recipe(path)
 
 
 def test_the_whole_test_recipe_is_valid(recipe_folder: Path) -> None:
@@ -134,12 +112,7 @@ def test_overrides_come_last_and_reach_into_lists(recipe_folder: Path) -> None:
     [
         ("num_step=5", "did you mean 'num_steps'"),
         ("num_steps=1e-6", "write 1.0e-06"),
-        ("sources.7.num_rows=5", "wanted a number under 1"),
         ("sources.zero.num_rows=5", "wanted a number under 1"),
-        ("num_steps.a=5", "has no keys of its own"),
-        ("num_steps", "wanted key=value"),
-        ("=5", "wanted key=value"),
-        ("num_steps=[1", "not YAML"),
     ],
 )
 def test_a_wrong_override_is_refused(recipe_folder: Path, argument: str, message: str) -> None:
@@ -150,15 +123,8 @@ def test_a_wrong_override_is_refused(recipe_folder: Path, argument: str, message
 @pytest.mark.parametrize(
     ("run", "changes", "message"),
     [
-        ("sft", {"parents": ["../midd"]}, "'../midd', which is no earlier run; did you mean 'mid'"),
-        ("mid", {"parents": ["../sft"]}, "which is no earlier run"),
-        ("sft", {"parents": []}, "'sft' has 0 parents; stage sft wants 1"),
-        ("sft", {"parents": ["../mid", "../base"]}, "'sft' has 2 parents; stage sft wants 1"),
         ("merge", {"parents": ["../sft"]}, "'merge' has 1 parents; stage merge wants at least 2"),
         ("merge", {"parents": ["../sft", "../sft"]}, "names a parent twice"),
-        ("mid", {"name": "base"}, "'base' is used twice"),
-        ("mid", {"name": "evals"}, "reserved"),
-        ("mid", {"name": "a/b"}, "name: found .a/b"),
         ("mid", {"stage": "midd"}, "stage: found .midd."),
         ("mid", {"recipes": "x"}, "recipes: unknown key; did you mean 'recipe'"),
     ],
@@ -173,12 +139,6 @@ def test_a_wrong_pipeline_is_refused(
     with pytest.raises(Refusal, match=message) as caught:
         loading.load_pipeline(recipe_folder)
     assert str(path) in str(caught.value)
-
-
-def test_an_entry_and_its_recipe_agree_on_the_stage(recipe_folder: Path) -> None:
-    edit(recipe_folder / "pipeline.yaml", runs__3__recipe="mid.yaml")
-    with pytest.raises(Refusal, match="stage: found 'mid', wanted 'sft' as run 'sft' says"):
-        make_plan(recipe_folder, run_root=None, arguments=[])
 
 
 def test_only_the_first_run_of_a_chain_may_add_tokens(

@@ -18,7 +18,10 @@ def run_dir(tmp_path: Path) -> Path:
     files = manifest.content_files(tmp_path)
     manifest.write_json(
         tmp_path / "manifest.json",
-        {"schema": manifest.SCHEMA, "files": files, "digest": manifest.content_digest(files)},
+        {
+            **{"schema": manifest.SCHEMA, "files": files, "digest": manifest.content_digest(files)},
+            **{"stage": "sft", "fingerprint": "print", "recipe": {}, "parents": []},
+        },
     )
     return tmp_path
 

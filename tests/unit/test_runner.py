@@ -37,7 +37,10 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def finish(job: Job, print_id: str) -> None:
     manifest.write_json(
         job.run_dir / "manifest.json",
-        {"schema": manifest.SCHEMA, "fingerprint": print_id, "recipe": job.recipe.model_dump(), "files": {}},
+        {
+            **{"schema": manifest.SCHEMA, "fingerprint": print_id, "recipe": job.recipe.model_dump()},
+            **{"parents": [], "stage": "sft", "files": {}, "digest": manifest.content_digest({})},
+        },
     )
 
 
