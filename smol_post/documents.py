@@ -460,8 +460,8 @@ def once(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
     """`folder/<key>`, made by `build(an empty folder)` unless it is there whole; other processes wait for it.
 
     Whatever interrupts `build`, and whatever is lost afterwards, a folder without its seal or a file is made
-    anew. Raises Refusal where nothing can be written, DiskFull where that ends. Where `build` refuses, no trace is
-    left.
+    anew. Raises Refusal where nothing can be written, DiskFull where that ends. Where `build` refuses, no
+    trace is left.
     """
     target = folder_of(folder, key)
     if manifest.is_sealed(target):

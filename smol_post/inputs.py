@@ -60,14 +60,15 @@ def collect(
 
 def check_files(job: "Job") -> dict[str, Path]:
     """Name -> path of the local files that decide a run; Refusal where one is missing."""
-    found = files(job.recipe.model_dump(), job.recipe_file.parent)
-    for name, path in found.items():
+    named = files(job.recipe.model_dump(), job.recipe_file.parent)
+    for name, path in named.items():
         if not path.is_file():
             where = f"sources: '{name[8:]}'" if name.startswith("sources.") else name
-            raise Refusal(
-                f"{job.recipe_file}: {where}: {path} does not exist; paths count from the recipe's folder"
-            )
-    return found
+            found = " does not exist; paths count from the recipe's folder"
+            if path.exists():
+                found = ": is no file that can be read whole (a pipe or device); give a file"
+            raise Refusal(f"{job.recipe_file}: {where}: {path}{found}")
+    return named
 
 
 def digest_of(job: "Job", inputs: dict[str, Any]) -> str:

@@ -327,13 +327,12 @@ def safetensors_files(folder: Path) -> list[Path]:
             f"{folder}: found no .safetensors, wanted the weights in that form; convert or add them"
         )
     remedy = "mend the checkpoint"
-    names = manifest.read_json(index, remedy=remedy, wanted={"weight_map": dict[str, str]})[
-        "weight_map"
-    ].values()
-    for name in sorted(set(names)):
+    found = manifest.read_json(index, remedy=remedy, wanted={"weight_map": dict[str, str]})
+    names = sorted(set(found["weight_map"].values()))
+    for name in names:
         if name != Path(name).name or not (folder / name).is_file():
             raise Refusal(f"{index}: found '{name}', wanted a file of {folder}; {remedy}")
-    return sorted({folder / name for name in names})
+    return [folder / name for name in names]
 
 
 def build_model(

@@ -313,7 +313,7 @@ RECIPES: dict[str, tuple[Make, str, str]] = {
         edit(SFT, trainer__learning_rat=1.0), CHECK, "TRL has no such field; did you mean 'learning_rate'?"
     ),
     "a trainer key owned": (edit(SFT, trainer__max_length=5), CHECK, "the recipe owns this; set max_tokens"),
-    "a trainer key ignored": (edit(SFT, trainer__hub_token="x"), CHECK, "trainer.hub_token: not accepted"),
+    "a trainer key ignored": (edit(SFT, trainer__hub_token="x"), CHECK, "hub_token: a recipe holds no"),
     "a key twice": (swap(SFT, "stage: sft", "stage: sft\nstage: sft"), CHECK, "the key 'stage' is given twi"),
     "a nested key twice": (
         swap(SFT, "logging_steps: 2", "logging_steps: 2, logging_steps: 3"), CHECK, "'logging_steps' is given"
@@ -652,7 +652,7 @@ CHECKPOINTS: dict[str, tuple[Make, str, str]] = {
     "config.json of nothing": (write(CONFIG, "{}"), EVAL, "parent/config.json: not a model configuration"),
     "an unknown model": (edit(CONFIG, model_type="gpt9"), EVAL, "parent/config.json: not a model configurat"),
     "code of its own": (
-        edit(CONFIG, model_type="mine", auto_map={"AutoConfig": "mine.Mine"}), EVAL, "not a model configurati"
+        edit(CONFIG, model_type="mine", auto_map={"AutoConfig": "mine.Mine"}), EVAL, "auto_map names code"
     ),
     "sizes that are text": (edit(CONFIG, hidden_size="many"), EVAL, "parent/config.json: hidden_size: found"),
     "another hidden size": (edit(CONFIG, hidden_size=32), EVAL, "parent: weights do not fit config.json"),
@@ -672,7 +672,7 @@ CHECKPOINTS: dict[str, tuple[Make, str, str]] = {
     ),
     "no weights": (drop(SAFE), EVAL, "parent: found no .safetensors"),
     "weights that are a pickle": (
-        lambda at: (at / SAFE).rename(at / "parent" / "pytorch_model.bin"), EVAL, "found no .safetensors"
+        lambda at: (at / SAFE).rename(at / "parent" / "pytorch_model.bin"), EVAL, "found pickled weights"
     ),
     "weights of zero bytes": (cut(SAFE, 0), EVAL, "parent: no loadable weights"),
     "weights cut short": (cut(SAFE, 2000), EVAL, "parent: no loadable weights"),
@@ -692,7 +692,7 @@ CHECKPOINTS: dict[str, tuple[Make, str, str]] = {
     "an index without JSON": (both(drop(SAFE), write(INDEX, "{")), EVAL, "index.json: not readable as JSON"),
     "an index without a map": (both(drop(SAFE), write(INDEX, "{}")), EVAL, "index.json: weight_map: found n"),
     "an index that lacks a shard": (indexed(x="b.safetensors"), EVAL, "found 'b.safetensors', wanted a file"),
-    "an index that points outside": (indexed(x="../own/rows.jsonl"), EVAL, "found '../own/rows.jsonl', want"),
+    "an index that points outside": (indexed(x="../own/rows.jsonl"), EVAL, "names '../own/rows.jsonl', want"),
     "an export without weights": (drop(SAFE), "export parent out --context 512", "found no .safetensors"),
     "an export of half the weights": (cut(SAFE, 999), "export parent out --context 512", "no loadable weigh"),
     "an export of an index of nothing": (

@@ -223,7 +223,14 @@ def test_a_parent_on_the_hub_is_named_by_its_commit_and_a_plain_folder_is_read_a
         {"path": str(plain), "digest": manifest.content_digest(manifest.content_files(plain))},
         {"path": "org/name@main", "digest": f"hub:org/name@{commit}"},
     ]
-    about = {"schema": 1, "stage": "merge", "recipe": {}, "files": files, "parents": parents}
+    about = {
+        "schema": 1,
+        "fingerprint": "",
+        "stage": "merge",
+        "recipe": {},
+        "files": files,
+        "parents": parents,
+    }
     manifest.write_manifest(job.run_dir, about | {"digest": manifest.content_digest(files)})
     code, lines = lineage(job.run_dir, "--verify")
     assert code == 0
