@@ -39,7 +39,7 @@ from smol_post.config import (
     SftRecipe,
     Training,
 )
-from smol_post.instruments import TORN, TOTALS, Announce, Instruments, checkpoints, launch_of
+from smol_post.instruments import GONE, TORN, TOTALS, Announce, Instruments, checkpoints, launch_of
 from smol_post.refusal import Failure, Refusal
 from smol_post.trainers import PackTrainer, PairTrainer, add_scoring
 from smol_post.vocabulary import Vocabulary
@@ -338,6 +338,7 @@ def check_reloaded(
 def last_checkpoint(run_dir: Path, *, announce: Announce) -> Path | None:
     """The newest checkpoint whose files all have their digests; torn ones are set aside and named."""
     folder = run_dir / manifest.CHECKPOINTS
+    shutil.rmtree(folder / GONE, ignore_errors=True)  # its removal was cut short
     for path in reversed(checkpoints(folder)):
         if not (lost := manifest.broken(path)):
             return path

@@ -142,8 +142,10 @@ def test_a_torn_checkpoint_is_set_aside_and_named(tmp_path: Path, fault: str, na
     assert line == f"checkpoint-10 is torn ({named}): set aside as {aside}, until the run is whole"
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["checkpoint-5", "torn"]
     assert (aside / "trainer_state.json").is_file()
+    (tmp_path / "checkpoints" / "gone.part" / "half").mkdir(parents=True)  # and was killed removing another
     torn = checkpoint(tmp_path, 10, sealed=False)  # the next attempt gets as far, and no further
     assert training.last_checkpoint(tmp_path, announce=lines.append) == whole
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["checkpoint-5", "torn"]
 
 
 def test_a_sequence_longer_than_the_parent_s_context_is_refused(build: Build) -> None:
