@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smol_post import loading, manifest, runner
+from smol_post import disk, loading, manifest, runner
 from smol_post.config import EvalsRecipe, MergeGate, MergeRecipe
 from smol_post.points import lower_is_better
 from smol_post.refusal import Refusal, did_you_mean
@@ -60,6 +60,9 @@ def run(recipe: MergeRecipe, parents: list[runner.Parent], job: runner.Job) -> d
             f"{long_context.path} is of stage {long_context.stage}; the last parent is long_context"
         )
     check_alike([one.folder for one in parents], [one.path for one in parents])
+    empty = model.without_weights(model.load_config(long_context.folder))
+    written = 3 if recipe.weights and recipe.gate else 2  # soup, merge, a candidate: at most float32 each
+    disk.require(job.run_dir, written * 4 * sum(one.numel() for one in empty.parameters()), what="the merge")
     soup_dir, final = job.run_dir / manifest.SOUP, job.run_dir / "merged.part"
     for folder in (soup_dir, final):
         shutil.rmtree(folder, ignore_errors=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from smol_post import config, manifest, merge, points
+from smol_post import config, disk, manifest, merge, points
 from smol_post.plan import Job, Parent
 from smol_post.refusal import Refusal
 
@@ -53,6 +53,19 @@ def test_parents_of_another_shape_are_refused_with_the_key(
     with pytest.raises(Refusal, match=key):
         run([save("a"), save("bb", stage="long_context", **changes)], tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_merge_without_room_on_the_disk_is_refused_before_it_writes(
+    save: Callable[..., Parent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents = [save("a"), save("bb", stage="long_context")]
+    size = (parents[0].folder / "model.safetensors").stat().st_size  # with some kilobytes of names
+    monkeypatch.setattr(disk, "free", lambda folder: int(1.9 * size))
+    with pytest.raises(Refusal, match=r"run: the merge takes 0\.\d+ GiB of disk, found .* make room"):
+        run(parents, tmp_path)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(disk, "free", lambda folder: 2 * size)
+    run(parents, tmp_path)
 
 
 def test_parents_with_other_vocabularies_are_refused(save: Callable[..., Parent], tmp_path: Path) -> None:
