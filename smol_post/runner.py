@@ -306,6 +306,7 @@ def execute_all(jobs: list[Job], *, separate: bool, after: Callable[[Job], int] 
             except KeyboardInterrupt as stop:
                 asked = interrupted(stop)
                 child.terminate()
+                interrupt_on_sigterm()  # to pass on the next one too
         if code := child.exitcode or 0:
             return 128 - code if code < 0 else asked or code
         if asked:  # it was about to end, and is whole

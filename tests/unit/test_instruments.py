@@ -363,7 +363,15 @@ def test_a_signal_to_stop_is_obeyed_when_the_step_is_saved(
     assert weights[0] == weights[1]
 
 
-def test_who_asks_twice_is_not_kept_waiting(run: Callable[..., Run]) -> None:
+def test_a_signal_that_comes_by_two_ways_is_one(run: Callable[..., Run]) -> None:
+    with pytest.raises(Stopped, match=r"^stopped after step 3, which is saved$"):
+        run().train(At("on_step_begin", 2, signalled(signal.SIGTERM, signal.SIGTERM)))
+
+
+def test_who_asks_twice_is_not_kept_waiting(
+    run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(instruments, "SAME_SECONDS", 0.0)
     one = run()
     with pytest.raises(Stopped, match=r"^$"):
         one.train(At("on_step_begin", 2, signalled(signal.SIGTERM, signal.SIGTERM)))
