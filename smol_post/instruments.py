@@ -226,7 +226,8 @@ class Instruments(TrainerCallback):
             limit, pinned = self.keep
             for old in checkpoints(folder.parent)[: -limit if limit else 0]:
                 if old.name not in pinned:
-                    old.rename(gone := folder.parent / GONE)  # at once, so that none is torn
+                    shutil.rmtree(gone := folder.parent / GONE, ignore_errors=True)  # of a kill right here
+                    old.rename(gone)  # at once, so that none is torn
                     shutil.rmtree(gone)
         if self.stopping:
             PartialState().wait_for_everyone()  # the first that ends takes the others with it
@@ -315,8 +316,8 @@ class Instruments(TrainerCallback):
             tree = {"step": step, "why": why, "learning_rate": self.trainer.learning_rate, "losses": losses}
             manifest.write_json(path, tree | {"batches": found})
             # A loss comes of the weights of the step before: no run goes on from those, nor from later ones.
-            for folder in (self.run_dir / manifest.CHECKPOINTS).glob("checkpoint-*"):
-                if int(folder.name.rsplit("-", 1)[1]) >= step - ago - 1:
+            for folder in checkpoints(self.run_dir / manifest.CHECKPOINTS):
+                if int(folder.name[11:]) >= step - ago - 1:
                     (folder / manifest.SEAL).unlink(missing_ok=True)
         PartialState().wait_for_everyone()
         raise Failure(
@@ -327,7 +328,10 @@ class Instruments(TrainerCallback):
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first, whole or not."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    found = [
+        path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()
+    ]  # no copy of one's own
+    return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 def launch_of(accelerator: Accelerator) -> dict[str, Any]:

@@ -123,8 +123,9 @@ def _record(run_dir: Path) -> dict[str, Any]:
 def _unfinished(found: State, record: dict[str, Any]) -> State:
     """What came of a run that nobody is at any more."""
     steps = sorted(
-        (int(path.name.rsplit("-", 1)[1]), path)
+        (int(path.name[11:]), path)
         for path in (found.run_dir / manifest.CHECKPOINTS).glob("checkpoint-*")
+        if path.name[11:].isdecimal()
     )
     step = next((step for step, path in reversed(steps) if manifest.is_sealed(path)), None)
     kept = "no checkpoint yet" if step is None else f"whole as far as step {step}"
