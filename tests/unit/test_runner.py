@@ -62,6 +62,19 @@ def test_a_fingerprint_changes_with_recipe_parent_and_data(job: Job) -> None:
     assert runner.fingerprint(job, [PARENT]) != first
 
 
+def test_a_fingerprint_changes_where_two_data_files_change_places(job: Job) -> None:
+    folder = job.recipe_file.parent
+    sources = [config.Source(name=name, path=f"{name}.jsonl", repeat=at) for at, name in ((1, "a"), (2, "b"))]
+    job = changed(job, sources=sources)
+    texts = ['{"text": "one"}\n', '{"text": "two"}\n']
+    found = set()
+    for pair in (texts, texts[::-1]):
+        for source, text in zip(sources, pair, strict=True):
+            (folder / f"{source.name}.jsonl").write_text(text)
+        found.add(runner.fingerprint(job, [PARENT]))
+    assert len(found) == 2
+
+
 def test_missing_data_is_refused_before_the_run_directory_exists(job: Job) -> None:
     (job.recipe_file.parent / "rows.jsonl").unlink()
     with pytest.raises(Refusal, match=r"sources: 'chats': .*rows\.jsonl does not exist"):
