@@ -106,6 +106,9 @@ def state_of(
                 found = replace(found, state="stale", changes=changes)
     except Refusal as refusal:
         return State(run_dir.name, run_dir, "unknown", str(refusal))
+    except manifest.EDITED as error:
+        why = f"its record was edited ({error!r}); remove the run and make it again"
+        return State(run_dir.name, run_dir, "unknown", why)
     return found
 
 
@@ -331,7 +334,7 @@ def _recipe_folder(root: Path) -> tuple[Path | None, str]:
         try:
             if record := _record(run_dir):
                 places[inputs.located(run_dir, record, "pipeline")] += 1
-        except Refusal:
+        except (Refusal, *manifest.EDITED):
             continue
     if not places and not _run_dirs(root):
         raise Refusal(f"{root}: holds neither runs nor a pipeline.yaml; give runs/tiny or recipes/tiny")
