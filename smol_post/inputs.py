@@ -74,11 +74,11 @@ def check_files(job: "Job") -> dict[str, Path]:
 def digest_of(job: "Job", inputs: dict[str, Any]) -> str:
     """The fingerprint of a run with these inputs; Refusal where a file is missing.
 
-    Names of files are no part of it, nor is how often a file is used.
+    Files go by what they are to the run, not by where they lie: two that change places are another run.
     """
-    each = {str(path): inputs["files"][name] for name, path in check_files(job).items()}
+    each = [[name, inputs["files"][name]] for name in check_files(job)]
     content = {"stage": job.recipe.stage, "recipe": deciding(job.recipe.model_dump())}
-    content |= {"parents": list(inputs["parents"].values()), "files": sorted(each.values())}
+    content |= {"parents": list(inputs["parents"].values()), "files": sorted(each)}
     return manifest.digest_tree({**content, "smol_post": inputs["smol_post"]})
 
 

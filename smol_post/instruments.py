@@ -47,6 +47,7 @@ LOG, BAD_BATCH, TOTALS = "train_log.jsonl", "bad_batch.json", "instruments.json"
 # once in a million steps; a FACTOR that no shift of data makes; a MARGIN, since a loss near zero triples for
 # nothing.
 RECENT_STEPS, HISTORY_STEPS, FACTOR, MARGIN = 10, 100, 3.0, 0.5
+SAME_SECONDS = 1.0  # of signals so close the second is the first, sent to a parent too, which passes it on
 SPEED_STEPS = 100  # speed and time left are those of so many last steps, the first of the process left out
 _TOTALS = {"losses": list[float], "launch": dict[str, Any], "num_tokens": int, "num_trained_tokens": int,
            "loss": float, "seconds": float}  # fmt: skip
@@ -83,6 +84,7 @@ class Instruments(TrainerCallback):
         self.trainer, self.prepared, self.run_dir = trainer, prepared, run_dir
         self.room_tokens, self.keep, self.announce = room_tokens, keep, announce
         self.asked: int | None = None  # the signal by which this process was asked to stop
+        self.asked_at = 0.0
         self.stopping = False  # all processes are
         self.handlers: dict[int, Any] = {}
         self.totals: dict[str, Any] = {"num_tokens": 0, "num_trained_tokens": 0, "loss": 0.0, "seconds": 0.0}
@@ -224,7 +226,8 @@ class Instruments(TrainerCallback):
             limit, pinned = self.keep
             for old in checkpoints(folder.parent)[: -limit if limit else 0]:
                 if old.name not in pinned:
-                    old.rename(gone := folder.parent / GONE)  # at once, so that none is torn
+                    shutil.rmtree(gone := folder.parent / GONE, ignore_errors=True)  # of a kill right here
+                    old.rename(gone)  # at once, so that none is torn
                     shutil.rmtree(gone)
         if self.stopping:
             PartialState().wait_for_everyone()  # the first that ends takes the others with it
@@ -263,9 +266,10 @@ class Instruments(TrainerCallback):
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         """Stop when the step is done and saved; at once where that was asked before."""
-        if self.asked is not None:
+        if self.asked is None:
+            self.asked, self.asked_at = number, time.monotonic()
+        elif time.monotonic() - self.asked_at > SAME_SECONDS:
             raise KeyboardInterrupt if number == signal.SIGINT else Stopped
-        self.asked = number
 
     def _text(self, loss: float, learning_rate: float, state: TrainerState) -> str:
         """The run for a person: step 20/400  loss 1.2345  lr 1.0e-03  12,345 tokens/s  12 s left."""
@@ -312,8 +316,8 @@ class Instruments(TrainerCallback):
             tree = {"step": step, "why": why, "learning_rate": self.trainer.learning_rate, "losses": losses}
             manifest.write_json(path, tree | {"batches": found})
             # A loss comes of the weights of the step before: no run goes on from those, nor from later ones.
-            for folder in (self.run_dir / manifest.CHECKPOINTS).glob("checkpoint-*"):
-                if int(folder.name.rsplit("-", 1)[1]) >= step - ago - 1:
+            for folder in checkpoints(self.run_dir / manifest.CHECKPOINTS):
+                if int(folder.name[11:]) >= step - ago - 1:
                     (folder / manifest.SEAL).unlink(missing_ok=True)
         PartialState().wait_for_everyone()
         raise Failure(
@@ -324,7 +328,10 @@ class Instruments(TrainerCallback):
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first, whole or not."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    found = [
+        path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()
+    ]  # no copy of one's own
+    return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 def launch_of(accelerator: Accelerator) -> dict[str, Any]:

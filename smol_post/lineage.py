@@ -7,6 +7,7 @@ manifests themselves, prepared data in the cache, local data files. Parents are 
 tree that was moved or copied holds as well.
 """
 
+import argparse
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -168,6 +169,15 @@ def lineage(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if not manifest.is_whole(arguments.run):
         return refuse(Refusal(f"{arguments.run}: no whole run; give a run directory such as runs/tiny/merge"))
+    try:
+        return _tell(arguments)
+    except manifest.EDITED as error:
+        return refuse(
+            Refusal(f"{arguments.run}: a manifest of its tree was edited ({error!r}); make that run again")
+        )
+
+
+def _tell(arguments: argparse.Namespace) -> int:
     tree = read_tree(arguments.run)
     if tree["."].problem:
         return refuse(Refusal(tree["."].problem))

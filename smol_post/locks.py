@@ -44,6 +44,7 @@ def take(folder: Path, *, what: str) -> TextIO:
             stream.truncate(0)
             json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started": now()}, stream)
             stream.flush()
+            os.register_at_fork(after_in_child=stream.close)  # a worker that outlives us would hold it on
             return stream
         stream.close()  # the former owner removed the file when it was done
     raise _refusal(folder, what, _read(path))

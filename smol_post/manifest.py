@@ -33,6 +33,11 @@ VERIFY = "verify.json"  # what was proved before step 1
 # What is read again of state.json and of manifest.json.
 RUN = {"fingerprint": str, "recipe": dict[str, Any], "parents": list[dict[str, Any]]}
 WHOLE = {**RUN, "stage": str, "files": dict[str, str], "digest": str}
+EDITED = (
+    LookupError,
+    TypeError,
+    AttributeError,
+)  # over the rest of what they say, where that was done by hand
 _SHOULD = "Input should be "
 _NOT_CONTENT = {MANIFEST, STATE, VERIFY, SEAL, "bad_batch.json", "instruments.json", "trainer_state.json"}
 _CONTENT_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}

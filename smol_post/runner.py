@@ -68,11 +68,14 @@ def claim(job: Job, parents: list[Parent], print_id: str) -> TextIO | None:
 
 
 def _clear(run_dir: Path) -> None:
-    """Remove what another recipe's attempt left, which would be taken for this one's."""
+    """Remove what another recipe's attempt left, which would be taken for this one's.
+
+    Its state stays until the new one replaces it: without, a kill would leave a folder that is nobody's.
+    """
     for path in run_dir.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != LOCK:
+        elif path.name not in (LOCK, manifest.STATE):
             path.unlink()
 
 
@@ -138,6 +141,8 @@ def execute(job: Job, examined: tuple[list[Parent], str] | None = None) -> int:
             await_parents(job)
         except Refusal as refusal:
             return refuse(refusal)
+        except KeyboardInterrupt as stop:
+            return interrupted(stop)
         return _guarded(job, [], "", None)
     try:
         parents, print_id = examined or examine(job)
@@ -146,6 +151,9 @@ def execute(job: Job, examined: tuple[list[Parent], str] | None = None) -> int:
         return refuse(refusal)
     except OSError as error:
         return refuse(Refusal(f"{job.run_dir}: cannot be written ({error.strerror}); make room for it"))
+    except KeyboardInterrupt as stop:  # parents and data are hashed, which takes a while
+        say(f"{job.name}: interrupted before it began", error=True)
+        return interrupted(stop)
     if lock is None and not job.scratch:
         say(f"{job.name}: whole already, kept: {job.run_dir}")
         return EXIT_OK
@@ -172,7 +180,7 @@ def _guarded(job: Job, parents: list[Parent], print_id: str, started: float | No
         refuse(refusal)
     except Failure as failure:
         message = str(failure)
-        if isinstance(failure, disk.DiskFull) and started is not None:
+        if isinstance(failure, disk.DiskFull) and started is not None and not job.scratch:
             disk.give_back(job.run_dir)
         if started is not None:
             fail(failure)
@@ -306,6 +314,7 @@ def execute_all(jobs: list[Job], *, separate: bool, after: Callable[[Job], int] 
             except KeyboardInterrupt as stop:
                 asked = interrupted(stop)
                 child.terminate()
+                interrupt_on_sigterm()  # to pass on the next one too
         if code := child.exitcode or 0:
             return 128 - code if code < 0 else asked or code
         if asked:  # it was about to end, and is whole

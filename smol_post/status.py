@@ -106,6 +106,9 @@ def state_of(
                 found = replace(found, state="stale", changes=changes)
     except Refusal as refusal:
         return State(run_dir.name, run_dir, "unknown", str(refusal))
+    except manifest.EDITED as error:
+        why = f"its record was edited ({error!r}); remove the run and make it again"
+        return State(run_dir.name, run_dir, "unknown", why)
     return found
 
 
@@ -123,8 +126,9 @@ def _record(run_dir: Path) -> dict[str, Any]:
 def _unfinished(found: State, record: dict[str, Any]) -> State:
     """What came of a run that nobody is at any more."""
     steps = sorted(
-        (int(path.name.rsplit("-", 1)[1]), path)
+        (int(path.name[11:]), path)
         for path in (found.run_dir / manifest.CHECKPOINTS).glob("checkpoint-*")
+        if path.name[11:].isdecimal()
     )
     step = next((step for step, path in reversed(steps) if manifest.is_sealed(path)), None)
     kept = "no checkpoint yet" if step is None else f"whole as far as step {step}"
@@ -330,7 +334,7 @@ def _recipe_folder(root: Path) -> tuple[Path | None, str]:
         try:
             if record := _record(run_dir):
                 places[inputs.located(run_dir, record, "pipeline")] += 1
-        except Refusal:
+        except (Refusal, *manifest.EDITED):
             continue
     if not places and not _run_dirs(root):
         raise Refusal(f"{root}: holds neither runs nor a pipeline.yaml; give runs/tiny or recipes/tiny")

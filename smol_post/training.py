@@ -353,7 +353,7 @@ def last_checkpoint(run_dir: Path, *, announce: Announce) -> Path | None:
 def required_bytes(recipe: Training, lm: torch.nn.Module, run_dir: Path, steps: int) -> float:
     """What a run still has to write: float32 weights at the end, checkpoints with AdamW's moments before.
 
-    One more than `save_total_limit` is there for a moment.
+    One more than `save_total_limit` is there for a moment. Weights that an attempt left are written over.
     """
     every = sum(one.numel() for one in lm.parameters())
     trained = sum(one.numel() for one in lm.parameters() if one.requires_grad)
@@ -361,7 +361,8 @@ def required_bytes(recipe: Training, lm: torch.nn.Module, run_dir: Path, steps: 
     made, limit = recipe.num_checkpoints(steps) or 0, recipe.trainer.get("save_total_limit")
     there = len(checkpoints(run_dir / manifest.CHECKPOINTS))
     number = min(made, limit + 1) if limit else made
-    return 4 * every + max(number - there, 0) * checkpoint_bytes
+    left = sum(path.stat().st_size for path in run_dir.glob("*.safetensors"))
+    return max(4 * every - left, 0) + max(number - there, 0) * checkpoint_bytes
 
 
 def check_launch(checkpoint: Path, accelerator: Accelerator, run_dir: Path) -> None:
@@ -453,7 +454,8 @@ def fit(
             trusted = getattr(recipe, "trust_remote_code", False)
             rounded = rehearsal.rounded(trainer.accelerator)
             check_reloaded(run_dir, ids, live, rounded=rounded, trust_remote_code=trusted)
-        shutil.rmtree(note.parent / TORN, ignore_errors=True)
+        for name in (TORN, GONE):
+            shutil.rmtree(note.parent / name, ignore_errors=True)
         if not checkpoints(note.parent):
             shutil.rmtree(note.parent)
     totals = instruments.totals

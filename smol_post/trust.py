@@ -83,4 +83,6 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 def _inner(tree: dict[str, Any], key: str) -> list[Any]:
     found = tree.get(key)
-    return list(found.values()) if isinstance(found, dict) else []
+    return (
+        list(found.values()) if isinstance(found, dict) else [found] * isinstance(found, list)
+    )  # an old form

@@ -363,7 +363,13 @@ def test_a_signal_to_stop_is_obeyed_when_the_step_is_saved(
     assert weights[0] == weights[1]
 
 
-def test_who_asks_twice_is_not_kept_waiting(run: Callable[..., Run]) -> None:
+def test_a_signal_that_comes_by_two_ways_is_one(run: Callable[..., Run]) -> None:
+    with pytest.raises(Stopped, match=r"^stopped after step 3, which is saved$"):
+        run().train(At("on_step_begin", 2, signalled(signal.SIGTERM, signal.SIGTERM)))
+
+
+def test_who_asks_twice_is_not_kept_waiting(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instruments, "SAME_SECONDS", 0.0)
     one = run()
     with pytest.raises(Stopped, match=r"^$"):
         one.train(At("on_step_begin", 2, signalled(signal.SIGTERM, signal.SIGTERM)))
@@ -392,6 +398,16 @@ def test_old_checkpoints_go_when_the_new_one_is_whole_and_those_others_start_fro
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {names[1], names[4], names[5]}
 
 
+def test_a_kill_while_an_old_checkpoint_is_removed_holds_up_no_later_one(run: Callable[..., Run]) -> None:
+    one = run(trainer={"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1})
+    folder = one.dir / "checkpoints"
+    (folder / instruments.GONE).mkdir(parents=True)
+    (folder / instruments.GONE / "optimizer.pt").write_text("half of it is gone")
+    (folder / "checkpoint-2-mine").mkdir()  # a copy by hand is nobody's business
+    one.train()
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"checkpoint-6", "checkpoint-2-mine"}
+
+
 def test_a_run_is_refused_where_the_disk_has_no_room_for_it_and_its_checkpoints(
     run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,6 +420,8 @@ def test_a_run_is_refused_where_the_disk_has_no_room_for_it_and_its_checkpoints(
     assert not list((one.dir / "checkpoints").glob("checkpoint-*"))
     monkeypatch.setattr(disk, "free", lambda folder: wanted)
     one.train()
+    # killed now, the weights would be written over: room for one checkpoint more is all that is missing
+    assert training.required_bytes(one.recipe, one.build(), one.dir, 6) == 12 * size
     saved = sum(path.stat().st_size for path in (one.dir / "checkpoints" / "checkpoint-6").iterdir())
     assert saved == pytest.approx(12 * size, rel=0.2)
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,19 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     assert locks.holder(tmp_path) is None
     with locks.take(tmp_path, what="a run"):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_worker_that_outlives_its_run_does_not_hold_the_lock(tmp_path: Path) -> None:
+    lock = locks.take(tmp_path, what="a run")
+    worker = multiprocessing.get_context("fork").Process(target=signal.pause)
+    worker.start()
+    time.sleep(0.5)
+    lock.close()  # as the kernel does for who is killed
+    try:
+        assert locks.holder(tmp_path) is None
+    finally:
+        worker.kill()
+        worker.join()
 
 
 def test_one_who_waited_while_the_file_was_removed_does_not_share_it(tmp_path: Path) -> None:

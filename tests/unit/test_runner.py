@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,19 @@ def test_a_fingerprint_changes_with_recipe_parent_and_data(job: Job) -> None:
     assert runner.fingerprint(job, [PARENT]) != first
 
 
+def test_a_fingerprint_changes_where_two_data_files_change_places(job: Job) -> None:
+    folder = job.recipe_file.parent
+    sources = [config.Source(name=name, path=f"{name}.jsonl", repeat=at) for at, name in ((1, "a"), (2, "b"))]
+    job = changed(job, sources=sources)
+    texts = ['{"text": "one"}\n', '{"text": "two"}\n']
+    found = set()
+    for pair in (texts, texts[::-1]):
+        for source, text in zip(sources, pair, strict=True):
+            (folder / f"{source.name}.jsonl").write_text(text)
+        found.add(runner.fingerprint(job, [PARENT]))
+    assert len(found) == 2
+
+
 def test_missing_data_is_refused_before_the_run_directory_exists(job: Job) -> None:
     (job.recipe_file.parent / "rows.jsonl").unlink()
     with pytest.raises(Refusal, match=r"sources: 'chats': .*rows\.jsonl does not exist"):
@@ -113,6 +128,32 @@ def test_a_run_of_another_recipe_is_refused_with_the_changed_key_and_left_alone(
     with pytest.raises(Refusal, match="num_steps: 6 -> 9"):
         runner.claim(changed(job, num_steps=9), [PARENT], "other")
     assert snapshot(job.run_dir) == before
+
+
+def test_a_kill_while_another_recipe_s_attempt_is_removed_leaves_a_run_of_ours(job: Job) -> None:
+    lock = runner.claim(job, [PARENT], "print")
+    assert lock is not None
+    lock.close()
+    (job.run_dir / "train_log.jsonl").write_text("{}")
+    runner._clear(job.run_dir)
+    assert sorted(snapshot(job.run_dir)) == [str(job.run_dir / name) for name in (".lock", "state.json")]
+
+
+def test_a_signal_while_inputs_are_hashed_ends_with_its_own_code(
+    job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (job.recipe_file.parent / "rows.jsonl").open("wb") as stream:
+        stream.truncate(2**32)  # some seconds to hash
+    job = replace(job, parent_paths=[])
+    before = signal.getsignal(signal.SIGTERM)
+    runner.interrupt_on_sigterm()
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        assert runner.execute(job) == runner.EXIT_STOPPED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "sft: interrupted before it began\n"
+    assert not job.run_dir.exists()
 
 
 def test_a_directory_that_is_no_run_is_refused_and_left_alone(job: Job) -> None:

@@ -193,6 +193,12 @@ def test_trusted_code_may_not_come_from_another_repository(folder: Path) -> None
     edit(folder / "config.json", auto_map={"AutoConfig": "someone/else--own.C"})
     with pytest.raises(Refusal, match="code of another repository"):
         check_checkpoint(folder, trust_remote_code=True)
+    edit(folder / "config.json", auto_map={})
+    edit(folder / "tokenizer_config.json", auto_map=["someone/else--own.T", None])  # as of tokenizers of old
+    with pytest.raises(Refusal, match="auto_map names code of the checkpoint"):
+        check_checkpoint(folder)
+    with pytest.raises(Refusal, match="code of another repository"):
+        check_checkpoint(folder, trust_remote_code=True)
 
 
 def test_code_is_part_of_what_a_checkpoint_is(folder: Path) -> None:

@@ -467,3 +467,22 @@ def test_a_place_without_runs_or_a_wrong_option_is_refused(made: Place, words: l
         with pytest.raises(SystemExit) as caught:
             made.say("status", *given)
         assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"origin": 3},
+        {"parents": [{}]},
+        {"parents": [{"path": []}]},
+        {"data": 3},
+        {"seconds": "x"},
+        {"soup": "x"},
+    ],
+    ids=lambda keys: next(iter(keys)),
+)
+def test_a_manifest_edited_by_hand_is_told_in_a_line(made: Place, keys: dict[str, Any]) -> None:
+    trees.rewrite(made.root / "sft" / "manifest.json", **keys)
+    assert made.say("status", made.root)[0] == 0
+    assert made.say("run", made.recipe, "--run-dir", made.root, "--explain")[0] in (0, 2)
+    assert made.say("lineage", made.root / "merge", "--verify")[0] in (1, 2)
