@@ -44,6 +44,8 @@ def watched(folder: Path) -> Iterator[None]:
     except Exception as error:
         if not _is_full(error, folder):
             raise
+        if name := getattr(error, "filename", None):
+            folder = Path(str(name)).parent  # may be another disk
         raise DiskFull(
             f"{folder}: the disk is full, {free(folder) / GIB:,.3f} GiB free; make room and give the same "
             "command again: what is whole is kept"
@@ -64,4 +66,4 @@ def give_back(run_dir: Path) -> None:
     """Remove what a run was writing when the disk was full, so that the next attempt has that room."""
     half = [path for path in run_dir.glob("checkpoints/checkpoint-*") if not is_sealed(path)]
     for path in [*half, *run_dir.glob("*.part"), *run_dir.glob("**/*.tmp")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

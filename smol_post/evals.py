@@ -207,6 +207,7 @@ def at_once(call: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *, num_w
 def _as_worker() -> None:
     """Ctrl-C is the parent's to act on; its end is ours."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the parent ends us; the server ignores it
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -105,7 +105,10 @@ class Instruments(TrainerCallback):
         return self
 
     def __exit__(self, raised: type[BaseException] | None, *rest: object) -> None:
-        """Close the bar, the log, and the trackers, which lose what they hold in a forked process else."""
+        """Close the bar, the log, and the trackers, which lose what they hold in a forked process else.
+
+        From here on a signal ends the process at once.
+        """
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         for one in (self.bar, self.stream):
@@ -238,7 +241,10 @@ class Instruments(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remove what an earlier attempt wrote down."""
+        """Remove what an earlier attempt wrote down; close bar and log, since what is left is to save."""
+        for one in (self.bar, self.stream):
+            if one is not None:
+                one.close()
         if state.is_world_process_zero:
             (self.run_dir / BAD_BATCH).unlink(missing_ok=True)
 

@@ -22,7 +22,7 @@ from smol_post.trainer_block import check_trainer_block
 
 T = TypeVar("T", bound=Strict)
 _SECRET_KEY = re.compile(
-    r"^((hub|hf|auth|access|bearer|secret)_?)?token$|api_?key|password|passwd|secret|credential",
+    r"^((hub|hf|auth|access|bearer|secret)_?)?token$|((api|secret|access)_?key|password|passwd|secret|credentials?)$",
     re.IGNORECASE,
 )
 # Of a recipe file, and of what its aliases unfold to. Our choice: twenty-five times the longest of ours.

@@ -22,11 +22,12 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from smol_post import disk, inputs, launch, locks, manifest
+from smol_post import config, disk, inputs, launch, locks, manifest
 from smol_post.inputs import fingerprint
 from smol_post.launch import num_processes, rank, say
 from smol_post.locks import LOCK
@@ -196,7 +197,9 @@ def _guarded(job: Job, parents: list[Parent], print_id: str, started: float | No
     if started is not None:
         _keep_proofs(job)
         if not manifest.is_whole(job.run_dir):
-            with contextlib.suppress(OSError):  # no room for that either: the state says "running", nobody is
+            with contextlib.suppress(
+                OSError, Refusal
+            ):  # no room for that either: the state says "running", nobody is
                 record(job, parents, print_id, status, message)
     return code
 
@@ -221,8 +224,8 @@ def _keep_proofs(job: Job) -> None:
 def _finish(job: Job, parents: list[Parent], print_id: str, outcome: dict[str, Any], seconds: float) -> None:
     """Digest what was written and write the manifest last."""
     files, soup = manifest.content_files(job.run_dir), job.run_dir / manifest.SOUP
-    for name in files:
-        manifest.sync(job.run_dir / name)
+    for path in [*(job.run_dir / name for name in files), *soup.glob("*.safetensors")]:
+        manifest.sync(path)
     manifest.write_manifest(
         job.run_dir,
         {
@@ -249,6 +252,8 @@ def _finish(job: Job, parents: list[Parent], print_id: str, outcome: dict[str, A
             "soup": manifest.content_files(soup) if soup.is_dir() else {},
         },
     )
+    if isinstance(job.recipe, config.Training) and not job.recipe.num_checkpoints(1):
+        shutil.rmtree(job.run_dir / manifest.CHECKPOINTS, ignore_errors=True)  # of a stop on the way
     (job.run_dir / manifest.STATE).unlink()
     (job.run_dir / LOCK).unlink()
     say(f"{job.name}: whole after {seconds:.0f} s: {job.run_dir}")
@@ -293,7 +298,10 @@ def execute_all(jobs: list[Job], *, separate: bool, after: Callable[[Job], int] 
                 return code
         return EXIT_OK
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["datasets", "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer"])
+    libraries = ["datasets", "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer"]
+    context.set_forkserver_preload(["smol_post.runner", *libraries])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the server does, which must not end before its runs
+    ensure_running()
     interrupt_on_sigterm()
     for job in jobs:
         try:

@@ -343,8 +343,8 @@ def last_checkpoint(run_dir: Path, *, announce: Announce) -> Path | None:
         if not (lost := manifest.broken(path)):
             return path
         aside = folder / TORN / path.name
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(exist_ok=True)
+        shutil.rmtree(folder / TORN, ignore_errors=True)  # one is enough to look at, and takes room enough
+        aside.parent.mkdir()
         path.rename(aside)
         announce(f"{path.name} is torn ({lost[0]}): set aside as {aside}, until the run is whole")
     return None
@@ -432,32 +432,32 @@ def fit(
     if recipe.verify != "off":
         trainer.add_callback(proofs.Proofs(trainer, recipe=recipe, only=only_verify, **place))
     trainer.add_callback(instruments)
-    try:
-        with instruments:
+    with instruments:  # until all is saved: what is asked meanwhile would lose it
+        try:
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    except proofs.Verified:
-        return {}
-    trained.config.use_cache = True
-    ids = prepared.dataset[0]["input_ids"][:PROBE_TOKENS]
-    live = _loss_of(trainer.model_wrapped, ids, trainer.accelerator.device)
-    rehearsal.shard(trained)
-    trainer.save_model(str(run_dir / adapters.ADAPTER if adapted else run_dir))
-    if first:
-        if adapted:
-            assert load
-            shapes = adapters.save_merged(load(), tokenizer, run_dir)
-        (run_dir / "training_args.bin").unlink(missing_ok=True)
-        tokenizer.save_pretrained(run_dir)
-        model.check_saved(shapes, run_dir)
-        block = getattr(recipe, "peft", None)
-        if not block or not block.load_in_4bit:  # else merged into what was not rounded
-            trusted = getattr(recipe, "trust_remote_code", False)
-            rounded = rehearsal.rounded(trainer.accelerator)
-            check_reloaded(run_dir, ids, live, rounded=rounded, trust_remote_code=trusted)
-        for name in (TORN, GONE):
-            shutil.rmtree(note.parent / name, ignore_errors=True)
-        if not checkpoints(note.parent):
-            shutil.rmtree(note.parent)
+        except proofs.Verified:
+            return {}
+        trained.config.use_cache = True
+        ids = prepared.dataset[0]["input_ids"][:PROBE_TOKENS]
+        live = _loss_of(trainer.model_wrapped, ids, trainer.accelerator.device)
+        rehearsal.shard(trained)
+        trainer.save_model(str(run_dir / adapters.ADAPTER if adapted else run_dir))
+        if first:
+            if adapted:
+                assert load
+                shapes = adapters.save_merged(load(), tokenizer, run_dir)
+            (run_dir / "training_args.bin").unlink(missing_ok=True)
+            tokenizer.save_pretrained(run_dir)
+            model.check_saved(shapes, run_dir)
+            block = getattr(recipe, "peft", None)
+            if not block or not block.load_in_4bit:  # else merged into what was not rounded
+                trusted = getattr(recipe, "trust_remote_code", False)
+                rounded = rehearsal.rounded(trainer.accelerator)
+                check_reloaded(run_dir, ids, live, rounded=rounded, trust_remote_code=trusted)
+            for name in (TORN, GONE):
+                shutil.rmtree(note.parent / name, ignore_errors=True)
+            if not checkpoints(note.parent):
+                shutil.rmtree(note.parent)
     totals = instruments.totals
     return {
         "num_steps": trainer.state.global_step,

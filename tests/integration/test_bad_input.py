@@ -12,6 +12,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from smol_post import manifest
+
 pytestmark = pytest.mark.slow
 Command = Callable[..., subprocess.CompletedProcess[str]]
 LONG = ("num_steps=1", "max_tokens=512")  # as long as the rows of SFT
@@ -66,9 +68,11 @@ def test_a_run_does_not_resume_from_damaged_notes(place: Path, command: Command)
     (run / "manifest.json").rename(run / "state.json")  # of the keys of both, those that a resume reads
     notes = run / "checkpoints" / "checkpoint-2" / "instruments.json"
     good = notes.read_text()
-    notes.write_text(good.replace('"launch"', '"lunch_"'))  # of the same size, as its seal says
+    notes.write_text(good.replace('"launch"', '"lunch_"'))
+    manifest.seal(notes.parent)  # else it is set aside
     assert "checkpoint-2/instruments.json: launch: found null" in refused(command(*words))
     notes.write_text(good)
+    manifest.seal(notes.parent)
     (run / "checkpoints" / "data.json").write_text("[]")
     assert "checkpoints/data.json: found list, wanted an object" in refused(command(*words))
 

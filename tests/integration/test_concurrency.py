@@ -1,8 +1,10 @@
 """Commands given at the same time do not harm each other."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -22,7 +24,8 @@ Start = Callable[..., subprocess.Popen[str]]
 def start(environment: dict[str, str]) -> Start:
     def call(*words: str | Path) -> subprocess.Popen[str]:
         pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(["smol-post", *map(str, words)], env=environment, **pipes)
+        whole = ["smol-post", *map(str, words)]
+        return subprocess.Popen(whole, env=environment, start_new_session=True, **pipes)
 
     return call
 
@@ -52,6 +55,32 @@ def test_the_second_command_on_a_run_is_refused_with_the_first_s_process_and_sta
     output, errors = first.communicate(timeout=120)
     assert first.returncode == 0, output + errors
     assert manifest.verify(tmp_path / "sft")["metrics"]["num_steps"] == 200
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["the command", "all its processes"])
+def test_a_signal_to_stop_saves_and_the_same_command_ends_the_run(
+    chain: Chain, start: Start, tmp_path: Path, send: Callable[[int, int], None]
+) -> None:
+    recipe, root = chain
+    shutil.copytree(root / "mid", tmp_path / "mid")
+    words = ["sft", recipe / "sft.yaml", "--run-dir", tmp_path, "num_steps=150"]
+    first = start(*words)
+    while not (tmp_path / "sft" / "train_log.jsonl").exists() and first.poll() is None:
+        time.sleep(0.02)
+    send(first.pid, signal.SIGTERM)
+    output, errors = first.communicate(timeout=120)
+    assert first.returncode == 75, output + errors
+    (saved,) = (tmp_path / "sft" / "checkpoints").glob("checkpoint-*")
+    step = int(saved.name.removeprefix("checkpoint-"))
+    assert errors == (
+        f"sft: stopped after step {step}, which is saved; the same command resumes from the last whole "
+        "checkpoint\n"
+    )
+    second = start(*words)
+    output, errors = second.communicate(timeout=120)
+    assert second.returncode == 0, output + errors
+    assert manifest.verify(tmp_path / "sft")["metrics"]["resumed_from_step"] == step
+    assert not (tmp_path / "sft" / "checkpoints").exists()  # the recipe asks for none
 
 
 def test_preparation_in_several_processes_makes_each_data_set_once_and_whole(

@@ -306,7 +306,7 @@ def test_a_copied_chain_holds_and_a_flipped_byte_or_an_edited_recipe_is_named(
     assert changed == [
         f"changed  {root / 'apo_seed0'}: parent ../sft has other contents than it was made from",
         f"changed  {place}: has changed",
-        f"changed  {store.parent}: prepared data has lost or changed files; remove it, it is made anew",
+        f"changed  {store.parent}: prepared data: {store.name} is missing; remove it, it is made anew",
         f"changed  {root / 'apo_seed1'}: parent ../sft has other contents than it was made from",
     ]
 
@@ -352,7 +352,7 @@ def test_a_run_under_way_is_told_with_its_step_and_afterwards_where_it_would_go_
         running.terminate()
         running.wait()
     told = command("smol-post", "status", root).stdout
-    step = re.search(r"whole as far as step (\d+); base: interrupted", told)
+    step = re.search(r"whole as far as step (\d+); base: stopped after step \1, which is saved", told)
     assert step, told
     explain = ["smol-post", "run", recipe_folder, "--run-dir", root, "--explain"]
     done = command(*explain)

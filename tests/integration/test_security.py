@@ -132,7 +132,7 @@ def test_a_pickle_planted_in_a_sealed_checkpoint_does_not_run_when_it_resumes(
     assert (planted / name).is_file()
     torch.save(Trap(marker), planted / name)
     manifest.seal(planted)
-    assert training.last_checkpoint(tmp_path) == planted
+    assert training.last_checkpoint(tmp_path, announce=str) == planted
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         go_on(tmp_path).train(resume_from_checkpoint=str(planted))
     assert not marker.exists()
