@@ -33,7 +33,7 @@ TRAINING = {"start": 1, "preparation": 1, "proofs": 1, "training": 3, "checkpoin
 MERGE = {"start": 1, "soup": 1, "merge": 1, "final save": 1}
 AFTERWARDS = {"evals": 3, "report": 1}
 WAIT = {"start": 3.0, "proofs": 1.5, "training": 6.0, "evals": 8.0}
-SHORT_WAIT = 0.03  # of other phases, and of all where runs are short (`few`)
+SHORT_WAIT = 0.03  # of other phases, of the merge, and of all where runs are short
 LIMIT_SECONDS = 1800  # of one attempt
 VARIES = {"seconds", "tokens_per_second", "memory_bytes"}  # from one run to the next
 
@@ -137,7 +137,8 @@ def attempt(
         if not targets[place]:
             time.sleep(0.002)
             continue
-        time.sleep(draw.uniform(0, wait.get(place[1], SHORT_WAIT)))
+        longest = SHORT_WAIT if place[0] in chain.merges else wait.get(place[1], SHORT_WAIT)
+        time.sleep(draw.uniform(0, longest))
         if asked := place[1] == "training" and targets[place] == 1:
             # to the command, which passes it on, or to all its processes at once, as a scheduler does
             (os.kill if draw.random() < 0.5 else os.killpg)(started.pid, signal.SIGTERM)
@@ -157,10 +158,13 @@ def attempt(
     return None
 
 
-def soak(recipe: Path, root: Path, *, reference: Path | None, seed: int, few: bool) -> dict[str, Any]:
+def soak(
+    recipe: Path, root: Path, *, reference: Path | None, seed: int, short: bool = False, few: bool = False
+) -> dict[str, Any]:
     """Make the chain under kills and hold it against `reference`, which is made if it is not given.
 
-    `few`: each phase of one training run once, instead of all phases of all runs.
+    `short`: the runs of the recipe are, so kills come at the first sign of a phase. `few`: each phase of one
+    training run and of the merge once, instead of all phases of all runs.
     """
     if root.exists():
         raise Refusal(f"{root}: exists; choose another --run-dir or remove it")
@@ -176,7 +180,7 @@ def soak(recipe: Path, root: Path, *, reference: Path | None, seed: int, few: bo
         phases = MERGE if run in chain.merges else TRAINING
         targets |= Counter({(run, phase): 1 if few else n for phase, n in phases.items()})
     draw, began, hits, checked = random.Random(seed), time.monotonic(), Counter[tuple[str, ...]](), 0
-    while hit := attempt(chain, targets, {} if few else WAIT, draw, root / "soak.log"):
+    while hit := attempt(chain, targets, {} if short else WAIT, draw, root / "soak.log"):
         hits[hit] += 1
         checked += chain.check_whole()
         print(f"{sum(hits.values()):3} {hit[2]} {hit[0]}: {hit[1]}", flush=True)
@@ -214,12 +218,14 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/soak"), help="new; removed if all is well")
     parser.add_argument("--reference", type=Path, help="runs of this recipe that nobody killed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--short", action="store_true", help="the runs of the recipe are seconds")
     parser.add_argument("--few", action="store_true", help="one training run and the merge only")
     parser.add_argument("--out", type=Path, default=Path("docs/soak.json"))
     given = parser.parse_args()
     about = {"commit": commit(), "hardware": hardware()}
     try:
-        found = soak(given.recipe, given.run_dir, reference=given.reference, seed=given.seed, few=given.few)
+        how = {"seed": given.seed, "short": given.short, "few": given.few}
+        found = soak(given.recipe, given.run_dir, reference=given.reference, **how)
     except Refusal as refusal:
         print(f"failed: {refusal}", file=sys.stderr)
         return 1

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from smol_post import inputs, locks, manifest
+from smol_post.config import RESERVED
 from smol_post.plan import Job, default_run_root, make_plan
 from smol_post.refusal import Refusal
 from smol_post.report import duration
@@ -324,7 +325,8 @@ def status(argv: list[str]) -> int:
 
 def _run_dirs(root: Path) -> list[Path]:
     marks = (manifest.MANIFEST, manifest.STATE, locks.LOCK)
-    return sorted({path.parent for path in root.glob("*/*") if path.name in marks})
+    found = {path.parent for path in root.glob("*/*") if path.name in marks}
+    return sorted(path for path in found if path.name not in RESERVED)  # the lock of evals is no run's
 
 
 def _recipe_folder(root: Path) -> tuple[Path | None, str]:
