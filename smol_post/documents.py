@@ -22,9 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
-from threading import Thread
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
@@ -33,6 +32,7 @@ from tqdm import tqdm
 from smol_post import chat, disk, manifest
 from smol_post.config import Source
 from smol_post.encoding import encode
+from smol_post.launch import exit_with_parent
 from smol_post.refusal import Refusal
 from smol_post.sources import Raw, Span, parse_row, read_rows
 
@@ -437,13 +437,6 @@ def _start_worker(encoder: Encoder) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = encoder
     exit_with_parent()
-
-
-def exit_with_parent() -> None:
-    """End this process when the one that started it is gone, killed or not."""
-    parent = parent_process()
-    assert parent is not None
-    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _work(rows: list[Raw], check: bool) -> Encoded:

@@ -11,7 +11,6 @@ import copy
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from smol_post import disk, export, locks, manifest
 from smol_post.config import EvalsRecipe, Made
+from smol_post.launch import exit_with_parent
 from smol_post.plan import Job, say
 from smol_post.points import read_evals
 from smol_post.refusal import Failure, Refusal, did_you_mean
@@ -208,9 +208,7 @@ def _as_worker() -> None:
     """Ctrl-C is the parent's to act on; its end is ours."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the parent ends us; the server ignores it
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    exit_with_parent()
 
 
 def _has_accelerator() -> bool:

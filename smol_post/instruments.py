@@ -227,7 +227,7 @@ class Instruments(TrainerCallback):
             manifest.write_json(folder / TOTALS, totals)
             manifest.seal(folder)
             limit, pinned = self.keep
-            for old in checkpoints(folder.parent)[: -limit if limit else 0]:
+            for _, old in manifest.checkpoints(self.run_dir)[: -limit if limit else 0]:
                 if old.name not in pinned:
                     shutil.rmtree(gone := folder.parent / GONE, ignore_errors=True)  # of a kill right here
                     old.rename(gone)  # at once, so that none is torn
@@ -322,22 +322,14 @@ class Instruments(TrainerCallback):
             tree = {"step": step, "why": why, "learning_rate": self.trainer.learning_rate, "losses": losses}
             manifest.write_json(path, tree | {"batches": found})
             # A loss comes of the weights of the step before: no run goes on from those, nor from later ones.
-            for folder in checkpoints(self.run_dir / manifest.CHECKPOINTS):
-                if int(folder.name[11:]) >= step - ago - 1:
+            for saved, folder in manifest.checkpoints(self.run_dir):
+                if saved >= step - ago - 1:
                     (folder / manifest.SEAL).unlink(missing_ok=True)
         PartialState().wait_for_everyone()
         raise Failure(
             f"step {step}: {why}; the rows of its batch are in {path}; mend them or lower "
             f"trainer.learning_rate, remove {self.run_dir} and type the command again"
         )
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first, whole or not."""
-    found = [
-        path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()
-    ]  # no copy of one's own
-    return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 def launch_of(accelerator: Accelerator) -> dict[str, Any]:

@@ -8,6 +8,9 @@ The launch file holds the hardware, the recipe the science: nothing here changes
 
 import os
 import sys
+from collections.abc import Callable
+from multiprocessing import parent_process
+from threading import Thread
 
 from smol_post.refusal import Refusal
 
@@ -33,6 +36,13 @@ def engine() -> str | None:
     """The engine that a launch file asks for, by accelerate's name, "FSDP" or "DEEPSPEED"; None: no such."""
     asked = (one for one in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{one}") == "true")
     return next(asked, None)
+
+
+def exit_with_parent(how: Callable[[], object] = lambda: os._exit(1)) -> None:
+    """End this process when the one that started it is gone, killed or not."""
+    parent = parent_process()
+    assert parent is not None
+    Thread(target=lambda: (parent.join(), how()), daemon=True).start()
 
 
 def say(text: str, *, error: bool = False) -> None:

@@ -33,11 +33,7 @@ VERIFY = "verify.json"  # what was proved before step 1
 # What is read again of state.json and of manifest.json.
 RUN = {"fingerprint": str, "recipe": dict[str, Any], "parents": list[dict[str, Any]]}
 WHOLE = {**RUN, "stage": str, "files": dict[str, str], "digest": str}
-EDITED = (
-    LookupError,
-    TypeError,
-    AttributeError,
-)  # over the rest of what they say, where that was done by hand
+EDITED = (LookupError, TypeError, AttributeError)  # over the rest of what they say, if that was by hand
 _SHOULD = "Input should be "
 _NOT_CONTENT = {MANIFEST, STATE, VERIFY, SEAL, "bad_batch.json", "instruments.json", "trainer_state.json"}
 _CONTENT_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
@@ -204,6 +200,12 @@ def sync(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints of a run under way, oldest first, whole or not."""
+    found = [(path.name[11:], path) for path in (run_dir / CHECKPOINTS).glob("checkpoint-*")]
+    return sorted((int(step), path) for step, path in found if step.isdecimal())  # no copy of one's own
 
 
 def seal(folder: Path) -> None:

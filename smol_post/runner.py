@@ -17,7 +17,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections import Counter
@@ -86,7 +85,7 @@ def _check_unfinished(job: Job, parents: list[Parent], print_id: str) -> bool:
     if path.is_file():
         old = manifest.read_json(path, wanted=manifest.RUN)
         # a run without checkpoints holds nothing that could be lost
-        begun = any((job.run_dir / manifest.CHECKPOINTS).glob("checkpoint-*"))
+        begun = bool(manifest.checkpoints(job.run_dir))
         if old["fingerprint"] != print_id:
             if begun:
                 raise _other_recipe(job, old, parents, "an unfinished")
@@ -336,11 +335,7 @@ def _child(job: Job, examined: tuple[list[Parent], str]) -> None:
     """One run in a process of its own; Ctrl-C, SIGTERM and the end of the parent interrupt it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and passes it on as SIGTERM
     interrupt_on_sigterm()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(
-        target=lambda: (parent.join(), os.kill(os.getpid(), signal.SIGTERM)), daemon=True
-    ).start()
+    launch.exit_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
     sys.exit(execute(job, examined))
 
 

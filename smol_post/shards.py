@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from smol_post import manifest
 from smol_post.data import DOCUMENTS, Task
-from smol_post.documents import exit_with_parent, folder_of, join, once
+from smol_post.documents import folder_of, join, once
+from smol_post.launch import exit_with_parent
 from smol_post.refusal import Failure, Refusal
 from smol_post.sources import Span, spans
 

@@ -103,7 +103,7 @@ def state_of(
         if job:
             changes, absent = _changes(run_dir, record, job, known or {}, digest)
             found = replace(found, absent=absent)
-            if changes and (found.digest or any((run_dir / manifest.CHECKPOINTS).glob("checkpoint-*"))):
+            if changes and (found.digest or manifest.checkpoints(run_dir)):
                 found = replace(found, state="stale", changes=changes)
     except Refusal as refusal:
         return State(run_dir.name, run_dir, "unknown", str(refusal))
@@ -126,12 +126,8 @@ def _record(run_dir: Path) -> dict[str, Any]:
 
 def _unfinished(found: State, record: dict[str, Any]) -> State:
     """What came of a run that nobody is at any more."""
-    steps = sorted(
-        (int(path.name[11:]), path)
-        for path in (found.run_dir / manifest.CHECKPOINTS).glob("checkpoint-*")
-        if path.name[11:].isdecimal()
-    )
-    step = next((step for step, path in reversed(steps) if manifest.is_sealed(path)), None)
+    steps = reversed(manifest.checkpoints(found.run_dir))
+    step = next((step for step, path in steps if manifest.is_sealed(path)), None)
     kept = "no checkpoint yet" if step is None else f"whole as far as step {step}"
     how = str(record.get("status"))
     message = "its process ended without a word" if how == "running" else record.get("message")

@@ -39,7 +39,7 @@ from smol_post.config import (
     SftRecipe,
     Training,
 )
-from smol_post.instruments import GONE, TORN, TOTALS, Announce, Instruments, checkpoints, launch_of
+from smol_post.instruments import GONE, TORN, TOTALS, Announce, Instruments, launch_of
 from smol_post.refusal import Failure, Refusal
 from smol_post.trainers import PackTrainer, PairTrainer, add_scoring
 from smol_post.vocabulary import Vocabulary
@@ -339,7 +339,7 @@ def last_checkpoint(run_dir: Path, *, announce: Announce) -> Path | None:
     """The newest checkpoint whose files all have their digests; torn ones are set aside and named."""
     folder = run_dir / manifest.CHECKPOINTS
     shutil.rmtree(folder / GONE, ignore_errors=True)  # its removal was cut short
-    for path in reversed(checkpoints(folder)):
+    for _, path in reversed(manifest.checkpoints(run_dir)):
         if not (lost := manifest.broken(path)):
             return path
         aside = folder / TORN / path.name
@@ -359,7 +359,7 @@ def required_bytes(recipe: Training, lm: torch.nn.Module, run_dir: Path, steps: 
     trained = sum(one.numel() for one in lm.parameters() if one.requires_grad)
     checkpoint_bytes = 12 * trained  # of adapters too: the frozen weights are not in a checkpoint
     made, limit = recipe.num_checkpoints(steps) or 0, recipe.trainer.get("save_total_limit")
-    there = len(checkpoints(run_dir / manifest.CHECKPOINTS))
+    there = len(manifest.checkpoints(run_dir))
     number = min(made, limit + 1) if limit else made
     left = sum(path.stat().st_size for path in run_dir.glob("*.safetensors"))
     return max(4 * every - left, 0) + max(number - there, 0) * checkpoint_bytes
@@ -456,7 +456,7 @@ def fit(
                 check_reloaded(run_dir, ids, live, rounded=rounded, trust_remote_code=trusted)
             for name in (TORN, GONE):
                 shutil.rmtree(note.parent / name, ignore_errors=True)
-            if not checkpoints(note.parent):
+            if not manifest.checkpoints(run_dir):
                 shutil.rmtree(note.parent)
     totals = instruments.totals
     return {
