@@ -34,6 +34,7 @@ VERIFY = "verify.json"  # what was proved before step 1
 RUN = {"fingerprint": str, "recipe": dict[str, Any], "parents": list[dict[str, Any]]}
 WHOLE = {**RUN, "stage": str, "files": dict[str, str], "digest": str}
 EDITED = (LookupError, TypeError, AttributeError)  # over the rest of what they say, if that was by hand
+_AGAIN = "remove the run and make it again"
 _SHOULD = "Input should be "
 _NOT_CONTENT = {MANIFEST, STATE, VERIFY, SEAL, "bad_batch.json", "instruments.json", "trainer_state.json"}
 _CONTENT_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
@@ -92,7 +93,7 @@ def is_whole(run_dir: Path) -> bool:
 def read_json(
     path: Path,
     *,
-    remedy: str = "remove the run and make it again",
+    remedy: str = _AGAIN,
     wanted: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """A JSON object of ours; Refusal, with what to do, where the file is missing or damaged.
@@ -107,6 +108,12 @@ def read_json(
         raise Refusal(f"{path}: not readable as JSON; {remedy}") from None
     if not isinstance(found, dict):
         raise Refusal(f"{path}: found {type(found).__name__}, wanted an object; {remedy}")
+    _check(path, found, wanted, remedy)
+    return found
+
+
+def _check(path: Path, found: dict[str, Any], wanted: Mapping[str, Any], remedy: str) -> None:
+    """Refusal where what was read from `path` lacks a key of `wanted`, or has another type there."""
     for key, kind in wanted.items():
         try:
             TypeAdapter(kind).validate_python(found.get(key), strict=True)
@@ -116,17 +123,16 @@ def read_json(
             raise Refusal(
                 f"{path}: {where}: found {describe(problem['input'])}, wanted {wish}; {remedy}"
             ) from None
-    return found
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
     """The manifest of a whole run; Refusal where there is none or it is not readable."""
-    found = read_json(run_dir / MANIFEST)
+    path = run_dir / MANIFEST
+    found = read_json(path)
     if found.get("schema") != SCHEMA:
-        raise Refusal(
-            f"{run_dir / MANIFEST}: found schema {found.get('schema')!r}, wanted {SCHEMA}; make the run again"
-        )
-    return read_json(run_dir / MANIFEST, wanted=WHOLE)
+        raise Refusal(f"{path}: found schema {found.get('schema')!r}, wanted {SCHEMA}; make the run again")
+    _check(path, found, WHOLE, _AGAIN)
+    return found
 
 
 def note(run_dir: Path, **facts: Any) -> None:
