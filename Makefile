@@ -16,7 +16,7 @@ comma := ,
 EXTRAS := dev$(comma)eval$(if $(filter Linux,$(SYSTEM)),$(comma)deepspeed$(comma)scale)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline prepare $(STAGES) evals report check test fuzz audit bench reproduce soak format clean
+.PHONY: help setup pipeline prepare $(STAGES) evals report check test fuzz audit bench reproduce soak docs format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+( [a-z-]+)*:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -69,6 +69,9 @@ reproduce: $(READY)  ## tiny and its ablations over three seeds, an hour or two;
 
 soak: $(READY)  ## kill the tiny chain at least 50 times and compare the end, an hour; docs/soak.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(ARGS)
+
+docs: $(READY)  ## write docs/keys.md and docs/recipe.schema.json from the recipe classes
+	$(BIN)/python -m tools.keys
 
 format: $(READY)  ## format and fix what ruff can
 	$(BIN)/ruff format .
