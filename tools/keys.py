@@ -11,8 +11,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 HEAD = """# Every recipe key
 
 Written from the schema by `make docs`. `smol-post check` holds recipes against the same classes; an unknown
-key is refused with what was probably meant. For hints in an editor name the schema: in the YAML extension of VS
-Code `"yaml.schemas": {"docs/recipe.schema.json": "recipes/*/*.yaml"}`, or in a recipe's first line
+key is refused with what was probably meant. For hints in an editor name the schema: in VS Code's
+YAML extension `"yaml.schemas": {"docs/recipe.schema.json": "recipes/*/*.yaml"}`, or in a recipe's first line
 `# yaml-language-server: $schema=../../docs/recipe.schema.json` (`smol-post schema` prints it).
 
 On the command line every key can be set for once: `max_tokens=4096`, `trainer.learning_rate=1.0e-5`,
