@@ -16,7 +16,7 @@ comma := ,
 EXTRAS := dev$(comma)eval$(if $(filter Linux,$(SYSTEM)),$(comma)deepspeed$(comma)scale)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pipeline prepare $(STAGES) evals report check test fuzz audit bench reproduce soak format clean
+.PHONY: help setup pipeline prepare $(STAGES) evals report check test lint units integration fuzz audit bench reproduce soak docs format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+( [a-z-]+)*:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,14 +42,21 @@ $(STAGES): $(READY)
 evals report: $(READY)  ## evaluate what is whole; write report.html
 	$(BIN)/smol-post $@ $(RECIPE) --run-dir $(RUN) $(if $(filter evals,$@),$(ARGS))
 
-check: $(READY)  ## format, lint, types, unit and golden tests
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+check: lint units  ## format, lint, types, unit and golden tests
+
+test: units integration  ## every test, the slow ones too
+
+lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests/unit tests/golden
 
-test: $(READY)  ## every test, the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+units: $(READY)
+	$(PYTEST) --dist worksteal tests/unit tests/golden
+
+integration: $(READY)
+	$(PYTEST) --dist loadfile tests/integration
 
 AUDIT := .venv/audit
 audit:  ## known vulnerabilities of constraints.txt, by pip-audit in an environment of its own
@@ -69,6 +76,9 @@ reproduce: $(READY)  ## tiny and its ablations over three seeds, an hour or two;
 
 soak: $(READY)  ## kill the tiny chain at least 50 times and compare the end, an hour; docs/soak.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(ARGS)
+
+docs: $(READY)  ## write docs/keys.md and docs/recipe.schema.json from the recipe classes
+	$(BIN)/python -m tools.keys
 
 format: $(READY)  ## format and fix what ruff can
 	$(BIN)/ruff format .

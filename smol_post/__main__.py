@@ -26,6 +26,7 @@ COMMANDS = {
     "inspect": "show rows as the trainer gets them, token by token; no weights needed",
     "verify": "prove a run before step 1: masks, isolation, losses, precision, on its model and data",
     "check": "validate a recipe file or folder, without torch",
+    "schema": "print the JSON Schema of recipes, for editors",
 }
 
 
@@ -89,6 +90,10 @@ def dispatch(command: str, rest: list[str]) -> int:
         from smol_post import export
 
         return export.export(rest)
+    if command == "schema":
+        from smol_post import schema
+
+        return schema.command(rest)
     if command == "status":
         from smol_post import status
 

@@ -17,7 +17,9 @@ from smol_post.refusal import Refusal, describe, did_you_mean
 class Strict(BaseModel):
     """Unknown keys and converted types are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, hide_input_in_errors=False, use_attribute_docstrings=True
+    )
 
 
 def _a_path(text: str) -> str:
@@ -44,7 +46,9 @@ class Size(Strict):
     """What a source holds before `keep_fraction`, as published; it serves `smol-post plan` and no run."""
 
     rows: int | None = Field(default=None, gt=0)
+    """Rows of the source."""
     tokens: int | None = Field(default=None, gt=0)
+    """Tokens of the source."""
 
     @model_validator(mode="after")
     def _says_something(self) -> "Size":
@@ -54,30 +58,40 @@ class Size(Strict):
 
 
 class Source(Strict):
-    """Where rows come from: a data set (`path`) or a generator of the package (`generator`).
-
-    columns: our name -> the data set's, such as {prompt: question, completion: answer}; other columns
-    keep their names. mode: of rows that do not say. keep_fraction: share of the source's own rows, after a
-    shuffle with `seed`. token_share: share of the mixture's tokens. repeat: how often each row stands in the
-    mixture.
-    """
+    """Where rows come from: a data set (`path`) or a generator of the package (`generator`)."""
 
     name: str = Field(pattern=r"^[^\x00-\x1f\x7f]+$")
+    """What the ledger and the report call it; each source its own."""
     path: PathText | None = None
+    """A file (.jsonl, .json, also .gz, or .parquet), a folder saved by `datasets`, or a Hub data set."""
     config: str | None = None
-    split: str | None = None  # of a data set that has several; None: train
+    """Configuration of a Hub data set."""
+    split: str | None = None
+    """Split of a data set that has several; none: train."""
     revision: str | None = None
+    """Commit, tag or branch of a Hub data set; none: its head, whose commit is recorded."""
     generator: str | None = None
+    """A generator of `smol_post/synthetic.py`, in place of `path`."""
     num_rows: int | None = Field(default=None, gt=0, lt=2**31)
+    """Rows that the generator makes."""
     seed: Seed = 0
+    """Of the generator, and of the shuffle before `keep_fraction`."""
     options: dict[str, Any] = {}
+    """Options of the generator, by its parameters' names."""
     columns: dict[str, str] = {}
+    """Our column's name: the data set's, such as {prompt: question, completion: answer}."""
     mode: Literal["think", "no_think"] | None = None
+    """Mode of rows that do not say their own."""
     keep_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the source's own rows, after a shuffle with `seed`."""
     token_share: float | None = Field(default=None, gt=0, le=1)
+    """Share of the mixture's tokens, by leaving rows out; of every source or of none, in all 1."""
     repeat: int = Field(default=1, ge=1, le=10_000)
+    """How often each row stands in the mixture."""
     loss_on: Literal["all", "completion"] | None = None
+    """Where the recipe's loss is on all tokens: on those of this source's completions only."""
     size: Size | None = None
+    """What the source holds, as published; for `smol-post plan` alone."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Source":
@@ -106,7 +120,9 @@ class Bound(Strict):
     """What a metric must be: at least `min`, at most `max`."""
 
     min: float | None = None
+    """The metric must be at least this."""
     max: float | None = None
+    """The metric must be at most this."""
 
     @model_validator(mode="after")
     def _says_something(self) -> "Bound":
@@ -128,29 +144,45 @@ class Bound(Strict):
 
 
 class Made(Strict):
-    """Any run: `gates` says what its checkpoint must show, in metrics of the pipeline's evals."""
+    """Any run."""
 
     gates: dict[str, Bound] = {}
+    """Metric of the pipeline's evals: what the checkpoint must show, else the chain stops."""
 
 
 class Training(Made):
     """What every training stage has in common."""
 
     seed: Seed = 0
-    num_threads: Threads | None = None  # of one process on a CPU; None: torch's choice
+    """Of the order of rows, and of what is drawn in training."""
+    num_threads: Threads | None = None
+    """Threads of one process on a CPU; none: torch's choice."""
     max_tokens: int = Field(gt=1, lt=2**31)
+    """Tokens of a pack; in APO of one side of a pair, prompt included."""
     global_batch_size: int = Field(gt=0, le=2**20)
+    """Packs (in APO pairs) of one update, over all processes."""
     num_steps: int | None = Field(default=None, gt=0, lt=2**31)
+    """Updates to make; this or `num_epochs`."""
     num_epochs: float | None = Field(default=None, gt=0)
+    """Times that the mixture is gone through, in whole batches; this or `num_steps`."""
     attention: Literal["varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "varlen"
+    """How attention is computed; varlen goes a document at a time on any device."""
     date_string: str = "01 July 2025"
+    """The date in system blocks, so that tokens do not change from day to day."""
     sources: list[Source] = Field(min_length=1)
-    think_to_no_think: float | None = Field(default=None, gt=0)  # ratio of tokens, by leaving rows out
+    """The mixture."""
+    think_to_no_think: float | None = Field(default=None, gt=0)
+    """Ratio of trained tokens of the modes, reached by leaving rows out."""
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
-    max_row_characters: int = Field(default=10_000_000, gt=0)  # a longer row is a bad row
-    verify: Literal["quick", "full", "off"] = "quick"  # what is proved before step 1
-    stated_tokens: int | None = Field(default=None, gt=0)  # of the whole mixture, once; for `plan` alone
+    """What a row that cannot be trained does: end the run, or be left out and counted."""
+    max_row_characters: int = Field(default=10_000_000, gt=0)
+    """A longer row is a bad row."""
+    verify: Literal["quick", "full", "off"] = "quick"
+    """What is proved before step 1."""
+    stated_tokens: int | None = Field(default=None, gt=0)
+    """Tokens of the whole mixture, once; for `smol-post plan` alone."""
     trainer: dict[str, Any] = {}
+    """Fields of the pinned TRL configuration (SFTConfig, of APO DPOConfig) by their own names."""
 
     @model_validator(mode="before")
     @classmethod
@@ -195,19 +227,19 @@ class Training(Made):
 
 
 class Continued(Training):
-    """Training that starts from a checkpoint; `trust_remote_code`: run the Python code that it brings."""
+    """Training that starts from a checkpoint."""
 
     trust_remote_code: bool = False
+    """Run the Python code that the parent's checkpoint brings."""
 
 
 class Packed(Training):
-    """Training on packs; `overlong_rows` says what happens to rows longer than a pack.
-
-    micro_batch_size: packs that a process holds at once, at most; it changes memory and speed, not the step.
-    """
+    """Training on packs."""
 
     micro_batch_size: int = Field(default=1, gt=0)
+    """Packs that a process holds at once, at most: memory and speed, not the step."""
     overlong_rows: Literal["drop", "truncate", "split"] = "drop"
+    """What happens to rows longer than a pack."""
 
     def rows_at_once(self, share: int) -> int:
         """Rows of a micro-batch where a process has `share` rows of a global batch: of 9, at most 4, 3."""
@@ -241,7 +273,9 @@ class TokenizerSpec(Strict):
     """The byte-level BPE tokenizer of the tiny base."""
 
     vocab_size: int = Field(gt=256, lt=2**31)
+    """Entries, special tokens included."""
     corpus_seed: Seed = 0
+    """Of the text that it is trained on."""
 
 
 class BaseRecipe(Packed):
@@ -249,10 +283,15 @@ class BaseRecipe(Packed):
 
     stage: Literal["base"]
     loss_on: Literal["all", "completion"] = "completion"
+    """Which tokens are trained."""
     packing: Literal["bfd"] = "bfd"
+    """How documents fill packs: best-fit decreasing."""
     chat_template: PathText = "chatml"
+    """smol_post, chatml, or a .jinja file beside the recipe."""
     model: dict[str, Any]
+    """Keys of SmolLM3Config."""
     tokenizer: TokenizerSpec
+    """The tokenizer to train."""
 
 
 class LongContextRecipe(Packed, Continued):
@@ -260,11 +299,17 @@ class LongContextRecipe(Packed, Continued):
 
     stage: Literal["long_context"]
     loss_on: Literal["all", "completion"] = "all"
+    """Which tokens are trained."""
     packing: Literal["bfd", "wrapped"] = "wrapped"
+    """bfd: whole documents, best-fit decreasing; wrapped: the stream is cut every `max_tokens`."""
     text_end: str | None = None
+    """Token put after each text; none: the tokenizer's end of sequence."""
     rope_theta: float = Field(gt=1)
+    """The base of RoPE from here on."""
     chat_template: PathText | None = None
+    """Template of sources that are chats; none: the parent's."""
     add_tokens: list[str] = []
+    """Special tokens that the vocabulary gets."""
 
 
 class MidRecipe(Packed, Continued):
@@ -272,28 +317,40 @@ class MidRecipe(Packed, Continued):
 
     stage: Literal["mid"]
     loss_on: Literal["all", "completion"] = "all"
+    """Which tokens are trained."""
     packing: Literal["wrapped", "wrapped_cross_document", "bfd"] = "wrapped"
+    """wrapped isolates documents; wrapped_cross_document lets them see each other, as TRL's wrapped does."""
     text_end: str | None = None
+    """Token put after each text; none: the tokenizer's end of sequence."""
     chat_template: PathText = "chatml"
+    """smol_post, chatml, or a .jinja file beside the recipe."""
     add_tokens: list[str] = []
+    """Special tokens that the vocabulary gets."""
 
 
 class Peft(Strict):
     """LoRA: fields of peft's LoraConfig by their own names; the frozen weights in NF4 too is QLoRA.
 
     Sources: LoRA (Hu et al., 2021); all linear layers but the head, as QLoRA (Dettmers et al., 2023) advises;
-    use_rslora scales by lora_alpha / sqrt(r) (Kalajdzievski, 2023); use_dora: DoRA (Liu et al., 2024).
-    modules_to_save: trained whole, such as [embed_tokens].
+    use_rslora: Kalajdzievski, 2023; use_dora: DoRA (Liu et al., 2024).
     """
 
     r: int = Field(gt=0)
+    """Rank."""
     lora_alpha: int = Field(gt=0)
+    """Scale; the update is multiplied by lora_alpha / r."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the adapter."""
     target_modules: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Modules that get an adapter: all-linear, names, or a regular expression."""
     modules_to_save: list[str] = []
+    """Modules trained whole, such as [embed_tokens]."""
     use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r)."""
     use_dora: bool = False
+    """Weights split into size and direction."""
     load_in_4bit: bool = False
+    """Frozen weights in NF4 (QLoRA); needs a GPU and bitsandbytes."""
 
 
 class SftRecipe(Packed, Continued):
@@ -301,26 +358,35 @@ class SftRecipe(Packed, Continued):
 
     stage: Literal["sft"]
     loss_on: Literal["assistant"] = "assistant"
+    """Assistant turns: from where generation begins to the end of the turn."""
     packing: Literal["bfd"] = "bfd"
+    """Best-fit decreasing over the whole set."""
     text_end: str | None = None
+    """Token put after each text; none: the tokenizer's end of sequence."""
     chat_template: PathText = "smol_post"
+    """smol_post, chatml, or a .jinja file beside the recipe."""
     add_tokens: list[str] = []
+    """Special tokens that the vocabulary gets."""
     peft: Peft | None = None
+    """Train adapters on a frozen parent."""
 
 
 class ApoRecipe(Continued):
     """Anchored preference optimisation; `global_batch_size` counts pairs, `max_tokens` is of one side.
 
     A process cuts its share of the batch into micro-batches of at most `micro_batch_tokens` tokens; the loss
-    does not depend on it. None: one pair of the longest, 2 max_tokens. reference: log-probabilities computed
-    once and kept ("cached"), or a second model in memory ("live"; with `peft` the same one, adapter off).
+    does not depend on it. reference: live with `peft` is the same model, adapter off.
     """
 
     stage: Literal["apo"]
     chat_template: PathText | None = None
+    """Template of the prompts; none: the parent's."""
     micro_batch_tokens: int | None = Field(default=None, gt=0)
+    """Tokens of a micro-batch, at most; none: one pair of the longest, 2 max_tokens."""
     reference: Literal["cached", "live"] = "cached"
+    """Log-probabilities computed once and kept, or a second model in memory."""
     peft: Peft | None = None
+    """Train adapters on a frozen parent."""
 
     @model_validator(mode="after")
     def _dropout_that_stays(self) -> "ApoRecipe":
@@ -349,31 +415,37 @@ class ApoRecipe(Continued):
 class MergeGate(Strict):
     """How a sweep chooses: the best `recover` among candidates that lose little of each metric of `keep`.
 
-    suite: an evals recipe. Its generated questions are asked with `seed`, which no report uses; texts of
-    perplexity and tasks of the harness are the very ones of a report. keep: points (hundredths) that a metric
-    may be worse than the soup's.
+    Texts of perplexity and tasks of the harness are the very ones of a report.
     """
 
     suite: PathText
+    """An evals recipe, asked of every candidate."""
     seed: Seed = 2_000_000
+    """Of its generated questions: another than any report's."""
     recover: str
+    """The metric to make best."""
     keep: dict[str, float] = {}
+    """Metric: points (hundredths) that it may be worse than the soup's."""
 
 
 class MergeRecipe(Made):
-    """A uniform soup of all parents but the last, then a linear merge with the last (long context).
-
-    soup_weight: of the soup. Or `weights`, of the long-context checkpoint, from which `gate` chooses.
-    """
+    """A uniform soup of all parents but the last, then a linear merge with the last (long context)."""
 
     stage: Literal["merge"]
     seed: Seed = 0
+    """Recorded; a merge draws nothing."""
     soup_weight: float = Field(default=0.9, gt=0, le=1)
+    """Weight of the soup; the long-context checkpoint has the rest."""
     weights: list[Annotated[float, Field(ge=0, lt=1)]] | None = Field(default=None, min_length=2)
+    """Candidates for the long-context checkpoint's weight, of which `gate` chooses."""
     gate: MergeGate | None = None
+    """How the sweep chooses."""
     dtype: Literal["float32"] = "float32"
+    """What the merge computes in."""
     out_dtype: Literal["float32", "bfloat16", "parent"] = "parent"
+    """What the merged weights are written in."""
     out_shard_size: int = Field(default=500_000_000, gt=0)
+    """Bytes of a file of weights, at most."""
 
     @model_validator(mode="after")
     def _one_choice(self) -> "MergeRecipe":
@@ -590,22 +662,28 @@ class Entry(Strict):
     """One run of a pipeline."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)
+    """Folder of the run in the run directory."""
     stage: Literal["base", "long_context", "mid", "sft", "apo", "merge"]
+    """What is done."""
     recipe: PathText
+    """Recipe file, from this folder."""
     parents: list[PathText] = []
+    """`../run` of this pipeline, a folder, or a Hub id `org/name@rev`; of a merge long context is last."""
     overrides: dict[str, Any] = {}
+    """Keys of the recipe that this run has otherwise."""
 
 
 class Pipeline(Strict):
-    """Runs in order. A parent: `../run` of this pipeline, an absolute folder, or a Hub id `org/name@rev`.
-
-    architecture: keys of SmolLM3Config that its first parents have, for `plan` where none is at hand.
-    """
+    """Runs in order."""
 
     runs: list[Entry] = Field(min_length=1)
+    """The runs, in order."""
     build_parents: bool = False
+    """Whether a single stage's command makes missing parents first."""
     architecture: dict[str, Any] = {}
+    """Keys of SmolLM3Config of the first parents, for `plan` where none is at hand."""
     evals: PathText | None = None
+    """The evals recipe of the pipeline."""
 
     @model_validator(mode="after")
     def _chain(self) -> "Pipeline":

@@ -31,6 +31,7 @@ LAYERS = [
         "plots",
         "hub",
         "launch_files",
+        "schema",
         "costs",
     },
     {
