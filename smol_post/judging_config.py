@@ -1,4 +1,4 @@
-"""What a recipe may say of how generated rows are judged: limits, checks, duplicates, decontamination."""
+"""What a recipe may say of how generated rows are judged, and of how conversations go on."""
 
 from typing import Literal
 
@@ -86,3 +86,15 @@ class Deduplicate(Strict):
     n: int = Field(default=5, gt=0, le=100)
     num_buckets: int = Field(default=14, gt=0, le=256)
     hashes_a_bucket: int = Field(default=8, gt=0, le=64)
+
+
+class Turns(Strict):
+    """How conversations go on. switch_share: chance that a turn is in the other mode than the one before.
+
+    num_turns: Multi-IF has three (He et al., 2024). kinds: of constraints, by lm-eval's names; None: those
+    that an answer to any question can keep to (`constraints.KINDS`).
+    """
+
+    num_turns: int = Field(default=3, ge=1, le=20)
+    switch_share: float = Field(default=0.5, ge=0, le=1)
+    kinds: list[str] | None = Field(default=None, min_length=1)
