@@ -14,7 +14,18 @@ import smol_post
 PACKAGE = Path(smol_post.__file__).parent
 STAGES = {"base", "long_context", "mid", "sft", "apo", "merge", "evals"}
 LAYERS = [
-    {"__init__", "refusal", "trainer_block", "config", "loading", "manifest", "trust", "locks", "disk"},
+    {
+        "__init__",
+        "refusal",
+        "trainer_block",
+        "config",
+        "loading",
+        "manifest",
+        "trust",
+        "locks",
+        "disk",
+        "judging_config",
+    },
     {
         "launch",
         "plan",
@@ -33,6 +44,10 @@ LAYERS = [
         "launch_files",
         "schema",
         "costs",
+        "judging",
+        "constraints",
+        "turns",
+        "data_card",
     },
     {
         "packing",
@@ -61,6 +76,7 @@ LAYERS = [
         "probes",
         "harness",
         "trl_fields",
+        "overlap",
     },
     STAGES | {"export"},
     {"commands", "preparation", "verify", "budget"},
