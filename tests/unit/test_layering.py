@@ -32,6 +32,8 @@ LAYERS = [
         "hub",
         "launch_files",
         "costs",
+        "tool_calls",
+        "toolbox",
     },
     {
         "packing",
@@ -58,11 +60,12 @@ LAYERS = [
         "rehearsal",
         "scoring",
         "probes",
+        "tool_scores",
         "harness",
         "trl_fields",
     },
     STAGES | {"export"},
-    {"commands", "preparation", "verify", "budget"},
+    {"commands", "preparation", "verify", "budget", "talk"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
