@@ -16,6 +16,7 @@ COMMANDS = {
     **STAGES,
     "evals": "evaluate every whole checkpoint of a run folder",
     "eval": "measure one model, ours or any other, by a suite: probes, perplexity, modes",
+    "chat": "talk with a checkpoint in the terminal: both modes, tools",
     "report": "write report.html, report.md and metrics.json of a run folder",
     "status": "where every run stands: absent, running, interrupted, whole, stale, and why; writes nothing",
     "lineage": "what a run was made from, down to the base; --verify reads every file again",
@@ -102,6 +103,10 @@ def dispatch(command: str, rest: list[str]) -> int:
         from smol_post import lineage
 
         return lineage.lineage(rest)
+    if command == "chat":
+        from smol_post import talk
+
+        return talk.main(rest)
     if command == "plan":
         from smol_post import budget
 

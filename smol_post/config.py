@@ -519,6 +519,40 @@ class Harness(Strict):
         return self
 
 
+class ToolCalls(Strict):
+    """Rows with tools whose first answer is asked for: the calls that the row makes, or none.
+
+    path: a file of SFT rows with messages and `tools`, `xml_tools` or `python_tools`; or a generator of them.
+    Rows without tools are passed over. num_questions: drawn by the recipe's seed; None: all rows of a file.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    path: PathText | None = Field(default=None, exclude=True)
+    generator: str | None = None
+    options: dict[str, Any] = {}
+    num_questions: int | None = Field(default=None, gt=0, lt=2**31)
+    modes: list[Literal["think", "no_think"]] = Field(default=["think", "no_think"], min_length=1)
+    max_new_tokens: int = Field(default=512, gt=0)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ToolCalls":
+        if (self.path is None) == (self.generator is None):
+            raise ValueError(f"tool_calls '{self.name}': give exactly one of 'path' and 'generator'")
+        if self.generator is not None and self.num_questions is None:
+            raise ValueError(f"tool_calls '{self.name}': a generator needs 'num_questions'")
+        if self.path is not None and not self.path.endswith(FILES):
+            raise ValueError(f"tool_calls '{self.name}': path: wanted {', '.join(FILES)}")
+        if self.path is not None and self.options:
+            raise ValueError(f"tool_calls '{self.name}': 'options' go with 'generator' only")
+        if len(set(self.modes)) < len(self.modes):
+            raise ValueError(f"tool_calls '{self.name}': modes: one stands twice; remove it")
+        return self
+
+    def metrics(self, mode: str) -> tuple[str, str]:
+        """`tool_calls_bfcl_think` and `tool_calls_bfcl_think_valid`."""
+        return f"tool_calls_{self.name}_{mode}", f"tool_calls_{self.name}_{mode}_valid"
+
+
 # The shortest document with a needle, its question and the answer.
 NeedleTokens = Annotated[int, Field(ge=10)]
 
@@ -546,6 +580,7 @@ class EvalsRecipe(Strict):
     preference_options: dict[str, Any] = {}
     probes: list[Probe] = []
     perplexity: list[Texts] = []
+    tool_calls: list[ToolCalls] = []
     num_turn_questions: int = Field(default=0, ge=0)
     turn_prompts: PathText | None = Field(default=None, exclude=True)
     temperature: float = Field(default=1.0, gt=0)
@@ -581,6 +616,7 @@ class EvalsRecipe(Strict):
     def _each_once(self) -> "EvalsRecipe":
         names = [one.metric(length) for one in self.probes for length in one.lengths]
         names += [f"perplexity_{one.name}" for one in self.perplexity]
+        names += [name for one in self.tool_calls for mode in one.modes for name in one.metrics(mode)]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"{name} is measured twice; remove one, or give it another length or name")
@@ -604,6 +640,7 @@ class EvalsRecipe(Strict):
                 found += [f"{mode}_greedy", f"{mode}_sampled", f"mode_{mode}", f"mode_{mode}_sampled"]
             if self.num_turn_questions:
                 found += [f"mode_{mode}_flag", f"mode_{mode}_turn3"]
+            found += [name for one in self.tool_calls if mode in one.modes for name in one.metrics(mode)]
         found += ["preference_accuracy"] if self.num_preference_pairs else []
         found += [one.metric(length) for one in self.probes if yarn or not one.yarn for length in one.lengths]
         return [*found, *(f"perplexity_{one.name}" for one in self.perplexity)]
@@ -611,6 +648,7 @@ class EvalsRecipe(Strict):
     def files(self) -> list[str]:
         """The files that are asked about."""
         found = [*(one.haystack for one in self.probes), *(one.path for one in self.perplexity)]
+        found += [one.path for one in self.tool_calls]
         return [path for path in [*found, self.turn_prompts] if path]
 
     def located(self, file: Path) -> "EvalsRecipe":
@@ -626,6 +664,7 @@ class EvalsRecipe(Strict):
             update={
                 "probes": [one.model_copy(update={"haystack": whole(one.haystack)}) for one in self.probes],
                 "perplexity": [one.model_copy(update={"path": whole(one.path)}) for one in self.perplexity],
+                "tool_calls": [one.model_copy(update={"path": whole(one.path)}) for one in self.tool_calls],
                 "turn_prompts": whole(self.turn_prompts),
                 "harness": [
                     one.model_copy(update={"include_path": whole(one.include_path)}) for one in self.harness

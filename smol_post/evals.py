@@ -34,6 +34,8 @@ CODE = (
     "evals.py",
     "scoring.py",
     "probes.py",
+    "tool_scores.py",
+    "tool_calls.py",
     "synthetic.py",
     "sources.py",
     "chat.py",
@@ -153,6 +155,8 @@ def _what(recipe: EvalsRecipe) -> dict[str, Any]:
         entry["haystack"] = digest(probe.haystack)
     for entry, texts in zip(tree["perplexity"], recipe.perplexity, strict=True):
         entry["path"] = digest(texts.path)
+    for entry, calls in zip(tree["tool_calls"], recipe.tool_calls, strict=True):
+        entry["path"] = digest(calls.path)
     for entry in tree["harness"]:
         entry["version"] = metadata.version("lm_eval")
         if entry["include_path"]:
@@ -333,7 +337,7 @@ def evaluate_chats(
     recipe: EvalsRecipe,
     asked: Sequence[str] = MODES,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What takes a chat template: arithmetic and obedience in each mode `asked` that it has, preferences."""
+    """What takes a chat template: arithmetic, obedience and tool calls in each mode `asked`, preferences."""
     from smol_post import scoring
 
     metrics: dict[str, Any] = {}
@@ -366,6 +370,13 @@ def evaluate_chats(
             top_p=recipe.top_p,
             **common,
         )
+    for entry in recipe.tool_calls:
+        from smol_post import tool_scores
+
+        for mode in [mode for mode in entry.modes if mode in modes]:
+            found, shown = tool_scores.evaluate(lm, tokenizer, entry, recipe, mode=mode)
+            metrics |= found
+            samples += shown
     if len(known) == 2 and recipe.num_turn_questions:
         said = scoring.questions(
             recipe.turn_prompts, recipe.num_turn_questions, recipe.seed, recipe.arithmetic_options

@@ -157,6 +157,7 @@ def check_names(recipe: config.Recipe, path: Path) -> None:
             ("needle_questions", recipe.needle_options, ("num_tokens",)),
             ("arithmetic_questions", recipe.arithmetic_options, ("enable_thinking",)),
             ("preference_pairs", recipe.preference_options, ()),
+            *((one.generator, one.options, ()) for one in recipe.tool_calls if one.generator),
         ]
         if recipe.harness and find_spec("lm_eval") is None:
             raise Refusal(f"{path}: harness: lm-eval is not installed; pip install 'smol_post[eval]'")

@@ -14,6 +14,7 @@ from smol_post.refusal import Refusal, describe
 GROUPS = {  # prefixes of metric names, in the order of the columns
     "needle retrieval": ("needle",),
     "two modes": ("think_greedy", "no_think_greedy", "think", "no_think", "mode_think", "mode"),
+    "tool calls": ("tool_calls_",),
     "long-context probes": ("single_", "multi_key_", "multi_value_"),
     "other": ("",),
 }

@@ -157,7 +157,15 @@ def generate(
     return [found[index] for index in range(len(prompts))]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **how: Any) -> Any:
+_LEAVE_OUT = (
+    "leave such chats out: arithmetic_options: {flag_share: 0}, num_turn_questions: 0, "
+    "num_preference_pairs: 0"
+)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], remedy: str = _LEAVE_OUT, **how: Any
+) -> Any:
     """A chat, as its template writes it, up to where the model speaks; Refusal where the template refuses."""
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **how)
@@ -165,8 +173,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *
         roles = ", ".join(message["role"] for message in messages)
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Refusal(
-            f"{tokenizer.name_or_path}: its chat template refuses a chat of {roles} ({reason}); leave such "
-            "chats out: arithmetic_options: {flag_share: 0}, num_turn_questions: 0, num_preference_pairs: 0"
+            f"{tokenizer.name_or_path}: its chat template refuses a chat of {roles} ({reason}); {remedy}"
         ) from None
 
 

@@ -249,6 +249,8 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 SFT, CHECK, MODE = "recipe/sft.yaml", "check recipe/sft.yaml", "check recipe"
 INSPECT, PAIRS = "inspect own/sft.yaml --rows 1", "inspect own/apo.yaml --rows 1"
+SUITE = "recipe/evals.yaml"
+TALK = "chat parent --tools t.json"
 EVAL = "eval parent --suite own/evals.yaml"
 SECRET = "!!python/object/apply:os.system [touch hacked]"
 BASE, RUNS = "runs/recipe/base", "runs/recipe"
@@ -383,6 +385,25 @@ RECIPES: dict[str, tuple[Make, str, str]] = {
     "an option that is none": (edit(SFT, sources__0__options={"think_share": 2}), CHECK, "a share, from 0 t"),
     "evals without their file": (
         edit("recipe/evals.yaml", turn_prompts="none.jsonl", num_turn_questions=1), MODE, "none.jsonl: no suc"
+    ),
+    "tool calls of a path and a generator": (
+        edit(SUITE, tool_calls=[{"name": "x", "path": "x.jsonl", "generator": "needles"}]), MODE,
+        "tool_calls 'x': give exactly one of 'path' and 'generator'",
+    ),
+    "tool calls without a number": (
+        edit(SUITE, tool_calls=[{"name": "x", "generator": "needles"}]), MODE, "needs 'num_questio"
+    ),
+    "tool calls of no generator": (
+        edit(SUITE, tool_calls=[{"name": "x", "generator": "nedles", "num_questions": 1}]), MODE,
+        "unknown generator 'nedles'",
+    ),
+    "tool calls without their file": (
+        edit(SUITE, tool_calls=[{"name": "x", "path": "none.jsonl"}]), MODE, "none.jsonl: no such"
+    ),
+    "tool calls of texts": (
+        edit("own/evals.yaml", tool_calls=[{"name": "x", "generator": "needles", "num_questions": 1}]),
+        EVAL,
+        "row 1: no messages",
     ),
     "evals that read a pipe": (
         both(pipe("recipe/p.txt"), edit("recipe/evals.yaml", perplexity=[
@@ -824,6 +845,31 @@ COMMANDS: dict[str, tuple[Make, str, str]] = {
     "eval of a file": (nothing, "eval own/sft.yaml@ --suite own/evals.yaml", "no such folder and no Hub id"),
     "eval of what is not cached": (nothing, "eval org/none --suite own/evals.yaml", "not to be had from the"),
     "eval past the context": (nothing, f"{EVAL} 'probes=[{{kind: single, lengths: [999]}}]'", "takes 999 to"),
+    "chat without a word": (nothing, "chat", "the following arguments are required: RUN"),
+    "chat with an unknown option": (nothing, "chat parent --bogus", "unrecognized arguments: --bogus"),
+    "chat with what is not there": (nothing, "chat nowhere", "nowhere: no such folder and no Hub id"),
+    "chat with a recipe": (nothing, "chat recipe", "recipe: no loadable tokenizer"),
+    "chat with a tokenizer that does not chat": (
+        lambda at: (at / "parent" / "chat_template.jinja").unlink(), "chat parent", "has no chat template, so"
+    ),
+    "chat with tools that are not there": (nothing, TALK, "t.json: no such file; give a JSON list"),
+    "chat with tools by a pipe": (pipe("t.json"), TALK, "t.json: no such file"),
+    "chat with tools that are no JSON": (write("t.json", "["), TALK, "t.json: not readable as JSON"),
+    "chat with a command that is a line": (
+        write("t.json", '[{"name": "f", "command": "rm -rf /"}]'), TALK, "wanted a list of words"
+    ),
+    "chat with one name twice": (
+        both(write("t.json", '[{"name": "f"}]'), write("p.json", '["def f()"]')),
+        f"{TALK} --python-tools p.json", "the name 'f' stands twice",
+    ),
+    "chat with a template without tools": (
+        both(write("t.json", '[{"name": "f"}]'), write("parent/chat_template.jinja", "{{ messages }}")),
+        TALK, "tools: the chat template has no place for tools",
+    ),
+    "chat at no temperature": (nothing, "chat parent --temperature 0", "--temperature: found 0.0, wanted"),
+    "chat of two minds": (nothing, "chat parent --greedy --seed 1", "--greedy: takes no --temperature"),
+    "chat of no tokens": (nothing, "chat parent --max-new-tokens 0", "found 0, wanted 1 to"),
+    "chat with a system that ends itself": (nothing, "chat parent --system '<|im_end|>'", "control token"),
     "export to no length": (nothing, "export parent out --context many", "invalid int value: 'many'"),
     "export to a shorter length": (nothing, "export parent out --context 5", "nothing to extend"),
     "export to a negative length": (nothing, "export parent out --context -5", "nothing to extend"),

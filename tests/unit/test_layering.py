@@ -48,6 +48,8 @@ LAYERS = [
         "constraints",
         "turns",
         "data_card",
+        "tool_calls",
+        "toolbox",
     },
     {
         "packing",
@@ -74,12 +76,13 @@ LAYERS = [
         "rehearsal",
         "scoring",
         "probes",
+        "tool_scores",
         "harness",
         "trl_fields",
         "overlap",
     },
     STAGES | {"export"},
-    {"commands", "preparation", "verify", "budget"},
+    {"commands", "preparation", "verify", "budget", "talk"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
