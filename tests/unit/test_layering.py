@@ -32,6 +32,7 @@ LAYERS = [
         "hub",
         "launch_files",
         "costs",
+        "model_card",
     },
     {
         "packing",
@@ -61,7 +62,7 @@ LAYERS = [
         "harness",
         "trl_fields",
     },
-    STAGES | {"export"},
+    STAGES | {"export", "release"},
     {"commands", "preparation", "verify", "budget"},
     {"__main__"},
 ]
