@@ -375,7 +375,11 @@ def copy_records(source: Source, part: Path) -> None:
 def check_secrets(part: Path) -> None:
     """Refusal where a text to be published holds what looks like a secret."""
     for path in sorted(part.rglob("*")):
-        if path.suffix in _TEXTS and path.name != "tokenizer.json" and SECRET.search(path.read_text("utf-8")):
+        if (
+            path.suffix in _TEXTS
+            and path.name != "tokenizer.json"
+            and SECRET.search(path.read_text("utf-8", "replace"))
+        ):
             name = path.relative_to(part)
             raise Refusal(f"{name}: holds what looks like a token or a password; take it out of its source")
 

@@ -72,7 +72,7 @@ def test_weights_that_are_not_the_run_s_bits_are_never_released(tmp_path: Path, 
     other = {name: one for name, one in (tensors | change).items() if one is not None}
     save_file(tensors, tmp_path / "one.safetensors")
     save_file(other, tmp_path / "two.safetensors")
-    with pytest.raises(RuntimeError, match="is not that of the run|not in both"):
+    with pytest.raises(RuntimeError, match=r"is not that of the run|not in both"):
         release.check_tensors([tmp_path / "one.safetensors"], [tmp_path / "two.safetensors"])
 
 
@@ -134,7 +134,9 @@ def test_a_card_does_not_claim_what_was_not_measured_or_what_a_model_without_tem
     rendered: str,
 ) -> None:
     assert "Not measured: no evals." in rendered
-    assert not any(word in rendered for word in ("apply_chat_template", "/no_think", "xml_tools", "## License"))
+    assert not any(
+        word in rendered for word in ("apply_chat_template", "/no_think", "xml_tools", "## License")
+    )
 
 
 def test_a_merge_is_told_with_its_weights() -> None:
