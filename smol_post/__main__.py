@@ -22,6 +22,7 @@ COMMANDS = {
     "lineage": "what a run was made from, down to the base; --verify reads every file again",
     "compare": "print two runs side by side",
     "export": "write a variant of a checkpoint for inference at a longer context, by YaRN",
+    "release": "write a run as a model to publish: weights, card, recipe, report; push it to the Hub",
     "plan": "what a pipeline will cost: updates, hours, memory, disk; no torch, nothing is run",
     "prepare": "tokenise and pack the data of a recipe's runs, and count it; no weights needed",
     "inspect": "show rows as the trainer gets them, token by token; no weights needed",
@@ -95,6 +96,10 @@ def dispatch(command: str, rest: list[str]) -> int:
         from smol_post import schema
 
         return schema.command(rest)
+    if command == "release":
+        from smol_post import release
+
+        return release.release(rest)
     if command == "status":
         from smol_post import status
 

@@ -8,6 +8,8 @@ was made of. Train from the checkpoint, never from its variant.
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from smol_post.trust import check_checkpoint
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 EXPORT = "export.json"
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}  # SmolLM3 model card
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _UNLIMITED = 10**20  # a tokenizer's model_max_length from here on states no limit (transformers)
 
 
@@ -85,27 +87,23 @@ def write(folder: Path, out: Path, *, context: int) -> dict[str, Any]:
     before torch is imported, where checkpoint or place will not do; RuntimeError where a copy is not equal or
     the live RoPE is not YaRN.
     """
-    _check_place(folder, out)
+    check_place(folder, out)
     check_checkpoint(folder)
     tree = manifest.read_json(folder / CONFIG)
     changes = yarn(tree, context=context, where=folder / CONFIG)
-    source, files = _source(folder)
+    source, files = read_source(folder)
     new = {CONFIG: {key: tree[key] for key in tree if key not in ("rope_theta", "rope_scaling")} | changes}
-    ends = {key: tree[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in tree}
-    new[GENERATION] = (manifest.read_json(folder / GENERATION) if GENERATION in files else ends) | SAMPLING
+    new[GENERATION] = generation_config(folder, tree)
     tokenizer = manifest.read_json(folder / TOKENIZER) if TOKENIZER in files else {}
     if tokenizer.get("model_max_length", _UNLIMITED) < _UNLIMITED:
         new[TOKENIZER] = tokenizer | {"model_max_length": context}
-    place = local_path(str(out), Path())
-    part = place.with_name(f".{place.name}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
-        part.mkdir(parents=True)
+    with made_whole(out) as part:
         for name in files.keys() - new.keys():
             shutil.copyfile(folder / name, part / name)
         for name, content in new.items():
             manifest.write_json(part / name, content)
-        _check(folder, part, copied={name: files[name] for name in files.keys() - new.keys()})
+        check_copies(folder, part, {name: files[name] for name in files.keys() - new.keys()})
+        check_yarn(folder, part)
         scaled = changes["rope_parameters"]
         about = {
             "source": source,
@@ -116,16 +114,37 @@ def write(folder: Path, out: Path, *, context: int) -> dict[str, Any]:
             "files": manifest.content_files(part),
         }
         manifest.write_json(part / EXPORT, about)
+    return about
+
+
+@contextmanager
+def made_whole(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`, renamed to it at the end; nothing is left where that is not reached.
+
+    Raises Refusal where it cannot be written.
+    """
+    place = local_path(str(out), Path())
+    part = place.with_name(f".{place.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)  # of one that was killed
+        part.mkdir(parents=True)
+        yield part
         part.replace(place)
     except OSError as error:
         reason = error.strerror or error
         raise Refusal(f"{out}: cannot be written ({reason}); name a folder elsewhere") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return about
 
 
-def _check_place(folder: Path, out: Path) -> None:
+def generation_config(folder: Path, tree: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's generation_config.json, or the end tokens of its config.json `tree`, and sampling."""
+    ends = {key: tree[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in tree}
+    found = manifest.read_json(folder / GENERATION) if (folder / GENERATION).is_file() else ends
+    return found | SAMPLING
+
+
+def check_place(folder: Path, out: Path) -> None:
     """Refusal where there is no checkpoint to export, or `out` is no place for the variant."""
     if (folder / manifest.STATE).is_file() and not manifest.is_whole(folder):
         raise Refusal(f"{folder}: found an unfinished run, wanted a whole one; finish it first")
@@ -137,15 +156,15 @@ def _check_place(folder: Path, out: Path) -> None:
         raise Refusal(f"{out}: exists and is no empty folder; name another, or remove it")
 
 
-def _source(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_source(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """What is exported, and its files by digest; Refusal where it changed, or where weights are lacking."""
     from safetensors import SafetensorError, safe_open
 
     run = manifest.verify(folder) if manifest.is_whole(folder) else {"files": manifest.content_files(folder)}
     files: dict[str, str] = run["files"]
     weights = {name for name in files if name.endswith(".safetensors")}
-    if _INDEX in files:
-        index = manifest.read_json(folder / _INDEX, remedy="mend it", wanted={"weight_map": dict[str, str]})
+    if INDEX in files:
+        index = manifest.read_json(folder / INDEX, remedy="mend it", wanted={"weight_map": dict[str, str]})
         weights |= set(index["weight_map"].values())
     for name in sorted(weights):
         try:
@@ -160,11 +179,15 @@ def _source(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return source, files
 
 
-def _check(folder: Path, part: Path, *, copied: dict[str, str]) -> None:
-    """Copies equal their originals, and RoPE as transformers builds it is YaRN of the original's."""
-    from smol_post import model
-
+def check_copies(folder: Path, part: Path, copied: dict[str, str]) -> None:
+    """Copies in `part`, name -> digest, equal their originals; RuntimeError where one does not."""
     for name, digest in copied.items():
         if manifest.digest_file(part / name) != digest:
             raise RuntimeError(f"{part / name}: is not the {name} of {folder}; export again")
-    model.use_yarn(model.without_weights(model.load_config(folder)), model.load_config(part))
+
+
+def check_yarn(folder: Path, variant: Path) -> None:
+    """RoPE as transformers builds it for `variant` is YaRN of that of `folder`; RuntimeError where not."""
+    from smol_post import model
+
+    model.use_yarn(model.without_weights(model.load_config(folder)), model.load_config(variant))

@@ -813,13 +813,14 @@ COMMANDS: dict[str, tuple[Make, str, str]] = {
     **{
         f"{one} without a word": (nothing, one, "")
         for one in ("run", "evals", "report", "compare", "export", "eval", "plan", "prepare", "inspect",
-                    "verify")
+                    "verify", "release")
     },
     "check without a word": (nothing, "check", "the following arguments are required: recipe; see smol-post"),
     "a stage without a word": (nothing, "sft", "no recipe given; type: accelerate launch"),
     **{
         f"{line.split()[0]} with an unknown option": (nothing, f"{line} --bogus", "--bogus")
         for line in ("run recipe", "evals recipe", "report recipe", "compare a b", "export a b --context 5",
+                     "release a b",
                      "eval a --suite b", "plan recipe", "prepare recipe", "inspect own/sft.yaml",
                      "verify recipe", "check recipe", "sft recipe/sft.yaml")
     },
@@ -827,7 +828,8 @@ COMMANDS: dict[str, tuple[Make, str, str]] = {
         f"{line.split()[0]} of what is not there": (nothing, line, "nowhere")
         for line in ("run nowhere", "evals nowhere", "report nowhere", "compare nowhere nowhere",
                      "plan nowhere",
-                     "export nowhere out --context 512", "eval nowhere --suite own/evals.yaml",
+                     "export nowhere out --context 512", "release nowhere out",
+                     "eval nowhere --suite own/evals.yaml",
                      "check nowhere",
                      "eval parent --suite nowhere", "prepare nowhere", "inspect nowhere", "verify nowhere",
                      "merge nowhere")
@@ -872,6 +874,17 @@ COMMANDS: dict[str, tuple[Make, str, str]] = {
     "chat with a system that ends itself": (nothing, "chat parent --system '<|im_end|>'", "control token"),
     "export to no length": (nothing, "export parent out --context many", "invalid int value: 'many'"),
     "export to a shorter length": (nothing, "export parent out --context 5", "nothing to extend"),
+    "release of a checkpoint": (nothing, "release parent out", "parent: no whole run; give a run directory"),
+    "release of a run without recipe": (nothing, "release runs/recipe/base out", "pipeline.yaml"),
+    "release in no size": (nothing, "release parent out --shard-size 0GB", "--shard-size 0GB: wanted a numb"),
+    "release in 4 bits": (nothing, "release parent out --quantize int4", "invalid choice: 'int4'"),
+    "release under a licence in words": (
+        nothing, "release parent out --license 'Apache 2'", "--license Apache 2: wanted one as the Hub spell"
+    ),
+    "release in private to nowhere": (nothing, "release parent out --private", "give --push-to-hub org/name"),
+    "release to a name without owner": (nothing, "release parent out --push-to-hub tiny", "wanted org/name"),
+    "release to a name that is none": (nothing, "release parent out --push-to-hub me/a--b", "me/a--b"),
+    "release to a Hub that is offline": (nothing, "release parent out --push-to-hub me/tiny", "not to be"),
     "export to a negative length": (nothing, "export parent out --context -5", "nothing to extend"),
     "plan for no devices": (nothing, "plan recipe --devices 0", "--devices: found 0, wanted a number above"),
     "plan at a rate that is NaN": (nothing, "plan recipe --mfu nan", "--mfu: found nan"),

@@ -2,6 +2,7 @@ import copy
 import datetime
 import doctest
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -1303,3 +1304,10 @@ def test_importing_chat_loads_no_heavy_library() -> None:
         "sys.exit(bool(heavy & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_templates_call_only_methods_that_llama_cpp_s_renderer_has_too() -> None:
+    """Of strings, in common/jinja of llama.cpp, late in 2026; others end the render there."""
+    for name in ("smol_post", "chatml"):
+        code = re.sub(r"\{#.*?#\}", "", chat.load_template(name), flags=re.DOTALL)
+        assert set(re.findall(r"\.(\w+)\(", code)) <= {"split", "replace", "strip", "lstrip", "rstrip"}

@@ -50,6 +50,7 @@ LAYERS = [
         "data_card",
         "tool_calls",
         "toolbox",
+        "model_card",
     },
     {
         "packing",
@@ -81,7 +82,7 @@ LAYERS = [
         "trl_fields",
         "overlap",
     },
-    STAGES | {"export"},
+    STAGES | {"export", "release"},
     {"commands", "preparation", "verify", "budget", "talk"},
     {"__main__"},
 ]
