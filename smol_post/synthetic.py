@@ -236,26 +236,57 @@ def _system_override(rng: random.Random, think: bool, min_steps: int, max_steps:
 
 def _xml_tools(rng: random.Random, think: bool, min_steps: int, max_steps: int) -> Row:
     problem = _problem(rng, min_steps, max_steps)
-    question, (_, result) = _question(problem), _steps(problem)
-    call = {"type": "function", "function": {"name": "calc", "arguments": {"sum": question}}}
-    messages = [
-        _user(f"calc {question}?"),
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": result},
-        _assistant(result),
-    ]
+    messages = _call(_question(problem), _steps(problem)[1], think=False, python=False)
     return _chat(messages, enable_thinking=False, xml_tools=[XML_TOOL])
 
 
 def _python_tools(rng: random.Random, think: bool, min_steps: int, max_steps: int) -> Row:
     problem = _problem(rng, min_steps, max_steps)
-    question, (_, result) = _question(problem), _steps(problem)
-    code = f"<code>\ncalc('{question}')\n</code>"
-    messages = [_user(f"calc {question}?"), _assistant(code), _user(result), _assistant(result)]
+    messages = _call(_question(problem), _steps(problem)[1], think=False, python=True)
     return _chat(messages, enable_thinking=False, python_tools=[PYTHON_TOOL])
 
 
+def _call(question: str, result: str, *, think: bool, python: bool) -> list[Row]:
+    """The user asks for calc; it is called, and its result told; thoughts are `calc`, then the result."""
+    before, after = (f"<think>\n{thought}\n</think>\n" if think else "" for thought in ("calc", result))
+    ask, answer = _user(f"calc {question}?"), _assistant(f"{after}{result}")
+    if python:
+        return [ask, _assistant(f"{before}<code>\ncalc('{question}')\n</code>"), _user(result), answer]
+    call = {"type": "function", "function": {"name": "calc", "arguments": {"sum": question}}}
+    return [ask, _assistant(before) | {"tool_calls": [call]}, {"role": "tool", "content": result}, answer]
+
+
 VARIANTS = (_several_turns, _system_override, _xml_tools, _python_tools)
+
+
+def tool_chats(
+    rng: random.Random,
+    *,
+    think_share: float = 0.25,
+    python_share: float = 0.3,
+    plain_share: float = 0.3,
+    max_turns: int = 3,
+    min_steps: int = 1,
+    max_steps: int = 2,
+) -> Row:
+    """SFT: up to `max_turns` questions with a calculator at hand, as an XML or a Python tool.
+
+    `calc 3+4*2?` -> a call of calc with `3+4*2`; the tool works from left to right and keeps all digits, `14`
+    -> `14`.  Plain `3+4*2?` (`plain_share`), of one to six steps, is answered without it, as in other chats.
+    """
+    think, python = rng.random() < think_share, rng.random() < python_share
+    messages = []
+    for _ in range(rng.randint(1, max_turns)):
+        if rng.random() < plain_share:
+            problem = _problem(rng, 1, 6)
+            messages += [_ask(problem), _assistant(_reply(rng, problem, think))]
+        else:
+            result, chain = problem = _problem(rng, min_steps, max_steps)
+            for sign, number in chain:
+                result = OPERATIONS[sign](result, number)
+            messages += _call(_question(problem), str(result), think=think, python=python)
+    tools = {"python_tools": [PYTHON_TOOL]} if python else {"xml_tools": [XML_TOOL]}
+    return _chat(messages, enable_thinking=think, **tools)
 
 
 def preference_pairs(
@@ -314,13 +345,14 @@ GENERATORS: dict[str, Callable[..., Row]] = {
     "arithmetic_questions": arithmetic_questions,
     "reasoning_chats": reasoning_chats,
     "dual_mode_chats": dual_mode_chats,
+    "tool_chats": tool_chats,
     "preference_pairs": preference_pairs,
 }
 
 
 # The least of whole numbers; a needle, its question and what frames them are ten words and marks.
 LEAST = {"num_tokens": 10, "num_keys": 1, "max_overwrites": 0, "num_queries": 1, "num_facts": 1,
-         "min_steps": 1, "max_steps": 1}  # fmt: skip
+         "max_turns": 1, "min_steps": 1, "max_steps": 1}  # fmt: skip
 
 
 def check_options(name: str, options: Row, *, given: tuple[str, ...] = ()) -> None:
