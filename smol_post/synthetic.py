@@ -235,19 +235,18 @@ def _system_override(rng: random.Random, think: bool, min_steps: int, max_steps:
 
 
 def _xml_tools(rng: random.Random, think: bool, min_steps: int, max_steps: int) -> Row:
-    problem = _problem(rng, min_steps, max_steps)
-    messages = _call(_question(problem), _steps(problem)[1], think=False, python=False)
-    return _chat(messages, enable_thinking=False, xml_tools=[XML_TOOL])
+    messages = _call(_problem(rng, min_steps, max_steps), think=False, python=False)
+    return _chat(messages, enable_thinking=False, **_tools(python=False))
 
 
 def _python_tools(rng: random.Random, think: bool, min_steps: int, max_steps: int) -> Row:
-    problem = _problem(rng, min_steps, max_steps)
-    messages = _call(_question(problem), _steps(problem)[1], think=False, python=True)
-    return _chat(messages, enable_thinking=False, python_tools=[PYTHON_TOOL])
+    messages = _call(_problem(rng, min_steps, max_steps), think=False, python=True)
+    return _chat(messages, enable_thinking=False, **_tools(python=True))
 
 
-def _call(question: str, result: str, *, think: bool, python: bool) -> list[Row]:
+def _call(problem: Problem, *, think: bool, python: bool) -> list[Row]:
     """The user asks for calc; it is called, and its result told; thoughts are `calc`, then the result."""
+    question, (_, result) = _question(problem), _steps(problem)
     before, after = (f"<think>\n{thought}\n</think>\n" if think else "" for thought in ("calc", result))
     ask, answer = _user(f"calc {question}?"), _assistant(f"{after}{result}")
     if python:
@@ -262,7 +261,7 @@ VARIANTS = (_several_turns, _system_override, _xml_tools, _python_tools)
 def tool_chats(
     rng: random.Random,
     *,
-    think_share: float = 0.25,
+    think_share: float = 0.4,
     python_share: float = 0.3,
     plain_share: float = 0.3,
     max_turns: int = 3,
@@ -271,8 +270,8 @@ def tool_chats(
 ) -> Row:
     """SFT: up to `max_turns` questions with a calculator at hand, as an XML or a Python tool.
 
-    `calc 3+4*2?` -> a call of calc with `3+4*2`; the tool works from left to right and keeps all digits, `14`
-    -> `14`.  Plain `3+4*2?` (`plain_share`), of one to six steps, is answered without it, as in other chats.
+    `calc 3+4*2?` -> a call of calc with `3+4*2`; its result `4` -> `4`.  Plain `3+4*2?` (`plain_share`), of
+    one to six steps, is answered without it, as in other chats. Short sums are what a tiny model can copy.
     """
     think, python = rng.random() < think_share, rng.random() < python_share
     messages = []
@@ -281,12 +280,12 @@ def tool_chats(
             problem = _problem(rng, 1, 6)
             messages += [_ask(problem), _assistant(_reply(rng, problem, think))]
         else:
-            result, chain = problem = _problem(rng, min_steps, max_steps)
-            for sign, number in chain:
-                result = OPERATIONS[sign](result, number)
-            messages += _call(_question(problem), str(result), think=think, python=python)
-    tools = {"python_tools": [PYTHON_TOOL]} if python else {"xml_tools": [XML_TOOL]}
-    return _chat(messages, enable_thinking=think, **tools)
+            messages += _call(_problem(rng, min_steps, max_steps), think=think, python=python)
+    return _chat(messages, enable_thinking=think, **_tools(python))
+
+
+def _tools(python: bool) -> Row:
+    return {"python_tools": [PYTHON_TOOL]} if python else {"xml_tools": [XML_TOOL]}
 
 
 def preference_pairs(
@@ -322,6 +321,32 @@ def preference_pairs(
     }
 
 
+def tool_pairs(
+    rng: random.Random,
+    *,
+    think_share: float = 0.4,
+    python_share: float = 0.3,
+    plain_share: float = 0.3,
+    min_steps: int = 1,
+    max_steps: int = 2,
+) -> Row:
+    """Chosen calls calc where the user asks for it and answers plain questions; rejected does the opposite.
+
+    `calc 3+4*2?`: a call of calc with `3+4*2` is chosen, `4` rejected.  Plain `3+4*2?` (`plain_share`): the
+    reverse. Pairs without tools, alone, teach a model to answer where it called.
+    """
+    think, python = rng.random() < think_share, rng.random() < python_share
+    plain, problem = rng.random() < plain_share, _problem(rng, min_steps, max_steps)
+    ask, call, *_ = _call(problem, think=think, python=python)
+    reply = _assistant(_reply(rng, problem, think))
+    return {
+        "prompt": [_ask(problem) if plain else ask],
+        "chosen": [reply if plain else call],
+        "rejected": [call if plain else reply],
+        "chat_template_kwargs": {"enable_thinking": think, **_tools(python)},
+    }
+
+
 def arithmetic_questions(
     rng: random.Random,
     *,
@@ -347,6 +372,7 @@ GENERATORS: dict[str, Callable[..., Row]] = {
     "dual_mode_chats": dual_mode_chats,
     "tool_chats": tool_chats,
     "preference_pairs": preference_pairs,
+    "tool_pairs": tool_pairs,
 }
 
 
