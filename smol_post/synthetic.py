@@ -235,27 +235,57 @@ def _system_override(rng: random.Random, think: bool, min_steps: int, max_steps:
 
 
 def _xml_tools(rng: random.Random, think: bool, min_steps: int, max_steps: int) -> Row:
-    problem = _problem(rng, min_steps, max_steps)
-    question, (_, result) = _question(problem), _steps(problem)
-    call = {"type": "function", "function": {"name": "calc", "arguments": {"sum": question}}}
-    messages = [
-        _user(f"calc {question}?"),
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": result},
-        _assistant(result),
-    ]
-    return _chat(messages, enable_thinking=False, xml_tools=[XML_TOOL])
+    messages = _call(_problem(rng, min_steps, max_steps), think=False, python=False)
+    return _chat(messages, enable_thinking=False, **_tools(python=False))
 
 
 def _python_tools(rng: random.Random, think: bool, min_steps: int, max_steps: int) -> Row:
-    problem = _problem(rng, min_steps, max_steps)
+    messages = _call(_problem(rng, min_steps, max_steps), think=False, python=True)
+    return _chat(messages, enable_thinking=False, **_tools(python=True))
+
+
+def _call(problem: Problem, *, think: bool, python: bool) -> list[Row]:
+    """The user asks for calc; it is called, and its result told; thoughts are `calc`, then the result."""
     question, (_, result) = _question(problem), _steps(problem)
-    code = f"<code>\ncalc('{question}')\n</code>"
-    messages = [_user(f"calc {question}?"), _assistant(code), _user(result), _assistant(result)]
-    return _chat(messages, enable_thinking=False, python_tools=[PYTHON_TOOL])
+    before, after = (f"<think>\n{thought}\n</think>\n" if think else "" for thought in ("calc", result))
+    ask, answer = _user(f"calc {question}?"), _assistant(f"{after}{result}")
+    if python:
+        return [ask, _assistant(f"{before}<code>\ncalc('{question}')\n</code>"), _user(result), answer]
+    call = {"type": "function", "function": {"name": "calc", "arguments": {"sum": question}}}
+    return [ask, _assistant(before) | {"tool_calls": [call]}, {"role": "tool", "content": result}, answer]
 
 
 VARIANTS = (_several_turns, _system_override, _xml_tools, _python_tools)
+
+
+def tool_chats(
+    rng: random.Random,
+    *,
+    think_share: float = 0.4,
+    python_share: float = 0.3,
+    plain_share: float = 0.3,
+    max_turns: int = 3,
+    min_steps: int = 1,
+    max_steps: int = 2,
+) -> Row:
+    """SFT: up to `max_turns` questions with a calculator at hand, as an XML or a Python tool.
+
+    `calc 3+4*2?` -> a call of calc with `3+4*2`; its result `4` -> `4`.  Plain `3+4*2?` (`plain_share`), of
+    one to six steps, is answered without it, as in other chats. Short sums are what a tiny model can copy.
+    """
+    think, python = rng.random() < think_share, rng.random() < python_share
+    messages = []
+    for _ in range(rng.randint(1, max_turns)):
+        if rng.random() < plain_share:
+            problem = _problem(rng, 1, 6)
+            messages += [_ask(problem), _assistant(_reply(rng, problem, think))]
+        else:
+            messages += _call(_problem(rng, min_steps, max_steps), think=think, python=python)
+    return _chat(messages, enable_thinking=think, **_tools(python))
+
+
+def _tools(python: bool) -> Row:
+    return {"python_tools": [PYTHON_TOOL]} if python else {"xml_tools": [XML_TOOL]}
 
 
 def preference_pairs(
@@ -291,6 +321,32 @@ def preference_pairs(
     }
 
 
+def tool_pairs(
+    rng: random.Random,
+    *,
+    think_share: float = 0.4,
+    python_share: float = 0.3,
+    plain_share: float = 0.3,
+    min_steps: int = 1,
+    max_steps: int = 2,
+) -> Row:
+    """Chosen calls calc where the user asks for it and answers plain questions; rejected does the opposite.
+
+    `calc 3+4*2?`: a call of calc with `3+4*2` is chosen, `4` rejected.  Plain `3+4*2?` (`plain_share`): the
+    reverse. Pairs without tools, alone, teach a model to answer where it called.
+    """
+    think, python = rng.random() < think_share, rng.random() < python_share
+    plain, problem = rng.random() < plain_share, _problem(rng, min_steps, max_steps)
+    ask, call, *_ = _call(problem, think=think, python=python)
+    reply = _assistant(_reply(rng, problem, think))
+    return {
+        "prompt": [_ask(problem) if plain else ask],
+        "chosen": [reply if plain else call],
+        "rejected": [call if plain else reply],
+        "chat_template_kwargs": {"enable_thinking": think, **_tools(python)},
+    }
+
+
 def arithmetic_questions(
     rng: random.Random,
     *,
@@ -314,13 +370,15 @@ GENERATORS: dict[str, Callable[..., Row]] = {
     "arithmetic_questions": arithmetic_questions,
     "reasoning_chats": reasoning_chats,
     "dual_mode_chats": dual_mode_chats,
+    "tool_chats": tool_chats,
     "preference_pairs": preference_pairs,
+    "tool_pairs": tool_pairs,
 }
 
 
 # The least of whole numbers; a needle, its question and what frames them are ten words and marks.
 LEAST = {"num_tokens": 10, "num_keys": 1, "max_overwrites": 0, "num_queries": 1, "num_facts": 1,
-         "min_steps": 1, "max_steps": 1}  # fmt: skip
+         "max_turns": 1, "min_steps": 1, "max_steps": 1}  # fmt: skip
 
 
 def check_options(name: str, options: Row, *, given: tuple[str, ...] = ()) -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from smol_post import synthetic, vocabulary
+from smol_post import chat, synthetic, vocabulary
 
 NUM_ROWS = 200
 MODES = {"/think": True, "/no_think": False}
@@ -157,6 +157,70 @@ def test_chats_show_every_feature_of_the_template():
     assert systems == {"/think", "/no_think", "/system_override"}
     assert any("tool_calls" in message for row in chats for message in row["messages"])
     assert max(len(row["messages"]) for row in chats) == 6
+
+
+CALLS = {
+    "xml_tools": r'<tool_call>\n\{"name": "calc", "arguments": \{"sum": "(\S+)"\}\}\n</tool_call>',
+    "python_tools": r"<code>\ncalc\('(\S+)'\)\n</code>",
+}
+
+
+def trained_turns(row, tokenizer):
+    """What the template puts under the loss, turn by turn."""
+    encoded = chat.encode_chat(row, tokenizer, template=tokenizer.chat_template, date_string="01 July 2025")
+    trained = [token for token, bit in zip(encoded.input_ids, encoded.train_mask, strict=True) if bit]
+    *turns, after = tokenizer.decode(trained).split("<|im_end|>")
+    assert not after
+    return turns
+
+
+@pytest.mark.parametrize("kind", CALLS)
+@pytest.mark.parametrize("think", [False, True])
+def test_a_tool_is_called_with_the_sum_that_was_asked_and_its_result_is_told(think, kind, tokenizer):
+    call = r"<think>\ncalc\n</think>\n" * think + CALLS[kind]
+    shares = {"think_share": float(think), "python_share": float(kind == "python_tools"), "plain_share": 0.0}
+    for row in synthetic.generate("tool_chats", num_rows=40, seed=3, **shares):
+        assert list(row["chat_template_kwargs"]) == ["enable_thinking", kind]
+        assert row["chat_template_kwargs"]["enable_thinking"] is think
+        asked = [message["content"] for message in row["messages"][::4]]
+        turns = trained_turns(row, tokenizer)
+        assert [f"calc {re.fullmatch(call, turn)[1]}?" for turn in turns[::2]] == asked
+        for question, result, answer in zip(asked, row["messages"][2::4], turns[1::2], strict=True):
+            value = int(question[5])
+            for sign, number in re.findall(r"([-+*])(\d)", question):
+                value = synthetic.OPERATIONS[sign](value, int(number)) % 10
+            assert result["content"] == str(value)
+            assert answer == (f"<think>\n{value}\n</think>\n" if think else "") + str(value)
+
+
+def test_a_tool_at_hand_is_left_alone_where_the_user_does_not_ask_for_it(tokenizer):
+    found = rows("tool_chats", num_rows=1000, plain_share=0.3, max_turns=1)
+    plain = [row for row in found if not row["messages"][0]["content"].startswith("calc")]
+    assert len(plain) / len(found) == pytest.approx(0.3, abs=0.05)
+    for row in plain[:40]:
+        assert {"xml_tools", "python_tools"} & row["chat_template_kwargs"].keys()
+        (answer,) = trained_turns(row, tokenizer)
+        assert re.fullmatch(r"(<think>\n\S+\n</think>\n)?\d", answer)
+        assert row["chat_template_kwargs"]["enable_thinking"] is answer.startswith("<think>")
+
+
+def test_a_pair_about_a_tool_prefers_the_call_that_is_asked_for_and_no_other(tokenizer):
+    calls = 0
+    for row in rows("tool_pairs", plain_share=0.5):
+        turns = {"chosen": "", "rejected": ""}
+        for side in turns:
+            one = {"messages": row["prompt"] + row[side], "chat_template_kwargs": row["chat_template_kwargs"]}
+            (turns[side],) = trained_turns(one, tokenizer)
+        *_, kind = row["chat_template_kwargs"]
+        asked = row["prompt"][0]["content"]
+        wanted = asked.startswith("calc ")
+        found = re.search(CALLS[kind], turns["chosen" if wanted else "rejected"])
+        assert found[1] == asked.removeprefix("calc ").removesuffix("?")
+        answer = turns["rejected" if wanted else "chosen"]
+        assert re.fullmatch(r"(<think>\n\S+\n</think>\n)?\d", answer)
+        assert row["chat_template_kwargs"]["enable_thinking"] is answer.startswith("<think>")
+        calls += wanted
+    assert calls / NUM_ROWS == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_fault_makes_a_pair():
