@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from smol_post import config, costs, hub, launch_files, manifest, runner
+from smol_post import config, costs, hub, launch_files, manifest, runner, strict
 from smol_post.costs import GIB, Shape, Work
 from smol_post.launch_files import Launch
 from smol_post.plan import CACHE, Job, make_plan, say
@@ -151,7 +151,7 @@ def _shape(job: Job, shapes: dict[str, Shape], folder: Path) -> Shape:
     if parent.startswith("../"):
         return shapes[parent[3:].split("/")[0]]
     if parent.startswith(("/", "~")):
-        return _config(config.local_path(parent, Path()) / "config.json")
+        return _config(strict.local_path(parent, Path()) / "config.json")
     from smol_post import loading
 
     stated = loading.load_pipeline(folder).architecture

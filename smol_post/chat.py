@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from smol_post.config import local_path
 from smol_post.encoding import Intervals, encode
 from smol_post.messages import (
     END_OF_TURN,
@@ -24,6 +23,7 @@ from smol_post.messages import (
     split_pair,
 )
 from smol_post.refusal import Refusal
+from smol_post.strict import local_path
 
 Mode = Literal["think", "no_think"]
 Label = Literal["think", "no_think", "text"]  # text: a row without a mode, of a template that knows none

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from smol_post import __version__, manifest
-from smol_post.config import local_path
 from smol_post.plan import say
 from smol_post.refusal import Refusal
 from smol_post.runner import EXIT_OK, Parser, interrupt_on_sigterm, refuse
+from smol_post.strict import local_path
 from smol_post.trust import check_checkpoint
 
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from smol_post import hub, scoring
-from smol_post.config import Harness
+from smol_post.evals_config import Harness
 from smol_post.refusal import Refusal, did_you_mean
 from smol_post.scoring import END_THINK, TEMPLATE_ERRORS, THINK
 

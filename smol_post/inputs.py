@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smol_post import config, loading, manifest
+from smol_post import loading, manifest, strict
 from smol_post.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -26,14 +26,14 @@ def files(recipe: dict[str, Any], folder: Path) -> dict[str, Path]:
     """The local files that decide a run by what is in them, present or not; `folder`: of its recipe."""
     found: dict[str, Path] = {}
     for source in recipe.get("sources", []):
-        if source["path"] and config.is_local(source["path"]):
-            name, path = f"sources.{source['name']}", config.local_path(source["path"], folder)
+        if source["path"] and strict.is_local(source["path"]):
+            name, path = f"sources.{source['name']}", strict.local_path(source["path"], folder)
             inside = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else []
             found |= {f"{name}/{one.relative_to(path)}": one for one in inside}
             found |= {} if path.is_dir() else {name: path}
     template = recipe.get("chat_template")
     if template and template.endswith(".jinja"):
-        found["chat_template"] = config.local_path(template, folder)
+        found["chat_template"] = strict.local_path(template, folder)
     if recipe.get("gate"):
         suite = found["gate.suite"] = folder / recipe["gate"]["suite"]
         inner: Any = loading.load_recipe(suite) if suite.is_file() else None

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from smol_post.config import PathText, Strict
+from smol_post.strict import PathText, Strict
 
 
 class Limits(Strict):
@@ -20,10 +20,15 @@ class Limits(Strict):
     """
 
     max_tokens: int | None = Field(default=None, gt=0)
+    """Of an answer, thoughts included; none: not judged."""
     max_repetition: float = Field(default=0.4, gt=0, le=1)
+    """Share of words that may lie in n-grams that stood before; 1: all."""
     repetition_n: int = Field(default=24, gt=1, le=100)
+    """Words of such an n-gram."""
     repetition_window: int = Field(default=512, ge=20, le=100_000)
+    """Words in a row that are looked at."""
     max_length_ratio: float | None = Field(default=None, ge=1)
+    """Of the tokens of a pair's answers, either way; none: not judged."""
 
     @model_validator(mode="after")
     def _windows_of_ngrams(self) -> "Limits":
@@ -46,10 +51,15 @@ class Check(Strict):
     """
 
     kind: Literal["numeric", "choice", "json_schema", "constraints"]
+    """How an answer is held against its row."""
     column: str
+    """Column with the reference: number, letter, schema or instruction ids."""
     tolerance: float = Field(default=0.0, ge=0, lt=1)
+    """Relative, of numbers."""
     options: str | None = None
+    """Column with the options' texts, of choices."""
     kwargs: str = "kwargs"
+    """Column with the instructions' arguments, of constraints."""
 
     @model_validator(mode="after")
     def _nothing_ignored(self) -> "Check":
@@ -71,8 +81,11 @@ class Decontaminate(Strict):
     """Evals recipes and files that share no `n` words in a row with rows (Brown et al., 2020, app. C)."""
 
     n: int = Field(default=13, gt=1, le=100)
+    """Words in a row that count as overlap."""
     suites: list[PathText] = Field(default=[])
+    """Evals recipes."""
     paths: list[PathText] = Field(default=[])
+    """Files: rows or text."""
 
 
 class Deduplicate(Strict):
@@ -83,9 +96,13 @@ class Deduplicate(Strict):
     """
 
     near: bool = True
+    """Near copies too, by MinHash."""
     n: int = Field(default=5, gt=0, le=100)
+    """Words of an n-gram."""
     num_buckets: int = Field(default=14, gt=0, le=256)
+    """More find more."""
     hashes_a_bucket: int = Field(default=8, gt=0, le=64)
+    """More find less."""
 
 
 class Turns(Strict):
@@ -96,5 +113,8 @@ class Turns(Strict):
     """
 
     num_turns: int = Field(default=3, ge=1, le=20)
+    """Turns of a conversation."""
     switch_share: float = Field(default=0.5, ge=0, le=1)
+    """Chance that a turn is in the other mode than the one before."""
     kinds: list[str] | None = Field(default=None, min_length=1)
+    """Constraints to draw from, by lm-eval's names; none: those that any answer can keep to."""

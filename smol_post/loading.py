@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from smol_post.config import RECIPES, Entry, EvalsRecipe, Pipeline, Recipe, Strict, Training
+from smol_post.config import RECIPES, Entry, EvalsRecipe, Pipeline, Recipe, Training
 from smol_post.refusal import SECRET, Refusal, describe, did_you_mean, text_number
+from smol_post.strict import Strict
 from smol_post.trainer_block import check_trainer_block
 
 T = TypeVar("T", bound=Strict)

@@ -97,7 +97,7 @@ def _sources(points: list[Point]) -> list[tuple[Point, dict[str, Any]]]:
 
 
 def _on_hub(source: dict[str, Any]) -> bool:
-    from smol_post.config import is_local
+    from smol_post.strict import is_local
 
     return bool(source.get("path")) and not is_local(source["path"])
 

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from smol_post import loading, synthetic
-from smol_post.config import EvalsRecipe, Harness, Probe, local_path
+from smol_post.evals_config import EvalsRecipe, Harness, Probe
 from smol_post.judging_config import Decontaminate, Deduplicate
 from smol_post.refusal import Refusal
+from smol_post.strict import local_path
 
 _COMMON = 10  # documents of a suite
 # Letters, digits and _ in a row; of scripts without spaces each letter.
@@ -163,7 +164,8 @@ def _tasks(asked: Harness) -> Iterator[tuple[str, Texts]]:
 def _texts_of(path: str) -> Iterator[str]:
     """The texts of a file: of its rows text, prompt or the user's messages; of another file all of it."""
     from smol_post import sources
-    from smol_post.config import FILES, Source
+    from smol_post.config import Source
+    from smol_post.strict import FILES
 
     if not path.endswith(FILES):
         try:

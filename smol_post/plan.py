@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from smol_post import chat, config, hub, loading, manifest, synthetic
+from smol_post import chat, config, hub, loading, manifest, strict, synthetic
 from smol_post.launch import num_parts, num_processes, say
 from smol_post.refusal import Refusal, did_you_mean
 
@@ -93,7 +93,7 @@ def make_plan(
         entries = [
             entry
             for entry in entries
-            if config.local_path(entry.recipe, folder) == config.local_path(str(where), Path())
+            if strict.local_path(entry.recipe, folder) == strict.local_path(str(where), Path())
         ]
         if not entries:
             raise Refusal(
@@ -208,11 +208,11 @@ def resolve_parent(job: Job, path: str, *, rehash: bool = True) -> Parent:
         _check_gates(job, path, root, found["digest"])
         if folder.parent.name == manifest.CHECKPOINTS and (lost := manifest.broken(folder)):
             raise Refusal(f"{job.run_dir}: parent {path}: {lost[0]}; make {root} again, or name another")
-        if (real := config.local_path(str(folder), Path())) == config.local_path(str(root), Path()):
+        if (real := strict.local_path(str(folder), Path())) == strict.local_path(str(root), Path()):
             return Parent(path, real, found["digest"], found["stage"])
         return Parent(path, real, _folder_digest(path, folder), found["stage"])
     if path.startswith(("/", "~")):
-        folder = config.local_path(path, Path())
+        folder = strict.local_path(path, Path())
         if manifest.is_whole(folder):
             found = known(folder)
             _check_gates(job, path, folder, found["digest"])

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smol_post import config, hub, manifest, runner
+from smol_post import config, hub, manifest, runner, strict
 from smol_post.plan import CACHE, Job, make_plan, say
 from smol_post.refusal import Failure, Refusal
 
@@ -46,7 +46,7 @@ def parent_tokenizer(
     path, trusted = job.parent_paths[0], getattr(job.recipe, "trust_remote_code", False)
     if not path.startswith("../"):
         own = path.startswith(("/", "~"))
-        folder = config.local_path(path, Path()) if own else hub.checkpoint(path, weights=False, code=trusted)
+        folder = strict.local_path(path, Path()) if own else hub.checkpoint(path, weights=False, code=trusted)
         return vocabulary.load_tokenizer(folder, trust_remote_code=trusted)
     parent = next(one for one in pipeline if one.name == path[3:].split("/")[0])
     if parent.name not in known:

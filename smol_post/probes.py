@@ -24,7 +24,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smol_post import scoring
-from smol_post.config import Probe
+from smol_post.evals_config import Probe
 from smol_post.refusal import Refusal
 
 ADJECTIVES, NOUNS, VERBS, PLACES = (

@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from smol_post.config import RECIPES, Pipeline, Strict
+from smol_post.config import RECIPES, Pipeline
 from smol_post.plan import say
 from smol_post.runner import EXIT_OK, Parser
+from smol_post.strict import Strict
 from smol_post.trainer_block import INERT, INERT_IN_APO, OWNED, trl_fields
 
 _JSON = {"bool": "boolean", "int": "integer", "float": "number", "str": "string", "dict": "object",

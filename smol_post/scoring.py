@@ -19,9 +19,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smol_post import chat, sources, synthetic
-from smol_post.config import FILES, Source
+from smol_post.config import Source
 from smol_post.judging import END_THINK, THINK, well_formed
 from smol_post.refusal import Refusal, describe
+from smol_post.strict import FILES
 
 Metric = dict[str, float]
 TEMPLATE_ERRORS = (TemplateError, TypeError, AttributeError, LookupError)  # of a chat template being rendered

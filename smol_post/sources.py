@@ -26,8 +26,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smol_post import hub, manifest, synthetic
-from smol_post.config import COLUMNS, FILES, Source, is_local, local_path
+from smol_post.config import COLUMNS, Source
 from smol_post.refusal import Refusal
+from smol_post.strict import FILES, is_local, local_path
 
 _BATCH_ROWS = 512
 datasets.disable_progress_bars()

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smol_post import messages, scoring, sources, synthetic, tool_calls
-from smol_post.config import EvalsRecipe, Source, ToolCalls
+from smol_post.config import Source
+from smol_post.evals_config import EvalsRecipe, ToolCalls
 from smol_post.refusal import Refusal
 from smol_post.tool_calls import Call, Tool
 

@@ -30,15 +30,7 @@ from smol_post import (
     rehearsal,
     sequence,
 )
-from smol_post.config import (
-    ApoRecipe,
-    BaseRecipe,
-    LongContextRecipe,
-    MidRecipe,
-    Packed,
-    SftRecipe,
-    Training,
-)
+from smol_post.config import ApoRecipe, BaseRecipe, LongContextRecipe, MidRecipe, Packed, SftRecipe, Training
 from smol_post.instruments import GONE, TORN, TOTALS, Announce, Instruments, launch_of
 from smol_post.refusal import Failure, Refusal
 from smol_post.trainers import PackTrainer, PairTrainer, add_scoring

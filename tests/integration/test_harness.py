@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from smol_post import chat, config, evals, loading, model, overlap, plan
+from smol_post import chat, config, evals, evals_config, loading, model, overlap, plan
 from smol_post.judging_config import Decontaminate
 from smol_post.refusal import Refusal
 
@@ -50,10 +50,10 @@ metric_list: [{metric: acc}]
 """
 
 
-def entry(folder: Path, **changes: Any) -> config.Harness:
+def entry(folder: Path, **changes: Any) -> evals_config.Harness:
     given = {"tasks": ["sums"], "modes": ["think", "no_think"], "include_path": str(folder)}
     tree = {**given, "max_new_tokens": 24, "temperature": None, "batch_size": 2, **changes}
-    return loading.validate(config.Harness, tree, where="evals.yaml")
+    return loading.validate(evals_config.Harness, tree, where="evals.yaml")
 
 
 def prompt(tokenizer: Any, question: str, *, thinking: bool) -> str:
@@ -133,7 +133,7 @@ def test_rows_are_held_against_the_questions_of_tasks(tasks: Path, tmp_path: Pat
     assert "evals.yaml: sums_again" in found.names
 
 
-def samples(loaded: tuple[Any, Any], asked: config.Harness, mode: str) -> list[dict[str, Any]]:
+def samples(loaded: tuple[Any, Any], asked: evals_config.Harness, mode: str) -> list[dict[str, Any]]:
     """What lm-eval logged of the one task asked."""
     from smol_post import harness
 
@@ -267,7 +267,7 @@ def test_only_what_follows_the_thought_is_an_answer(text: str, opened: bool, wan
     assert doctest.testmod(scoring).failed == 0
 
 
-def refusal(loaded: tuple[Any, Any], asked: config.Harness) -> str:
+def refusal(loaded: tuple[Any, Any], asked: evals_config.Harness) -> str:
     from smol_post import harness
 
     with pytest.raises(Refusal) as found:

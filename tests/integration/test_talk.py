@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from smol_post import chat, config, sources, synthetic, talk, tool_scores
+from smol_post import chat, config, evals_config, sources, synthetic, talk, tool_scores
 
 pytestmark = pytest.mark.slow
 CALC = {"type": "function", "function": synthetic.XML_TOOL}
@@ -248,7 +248,7 @@ def test_evals_count_calls_that_are_the_row_s(checkpoint: Path, tmp_path: Path) 
 
     rows = [asks("calc 1+1?", CALL), asks("calc 1+1?", CALL.replace("1+1", "1-1")), asks("calc 1+1?", "2")]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    asked = config.ToolCalls(name="calc", path=str(tmp_path / "rows.jsonl"), max_new_tokens=60)
+    asked = evals_config.ToolCalls(name="calc", path=str(tmp_path / "rows.jsonl"), max_new_tokens=60)
     recipe = config.EvalsRecipe(stage="evals", num_samples=1)
     lm = model.load_model(checkpoint, attn_implementation="sdpa").eval()
     tokenizer = vocabulary.load_tokenizer(checkpoint)

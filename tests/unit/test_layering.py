@@ -24,6 +24,8 @@ LAYERS = [
         "trust",
         "locks",
         "disk",
+        "strict",
+        "evals_config",
         "judging_config",
     },
     {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from smol_post import probes, synthetic
-from smol_post.config import Probe
+from smol_post.evals_config import Probe
 from smol_post.judging_config import Decontaminate, Deduplicate
 from smol_post.overlap import Seen, Suites
 from smol_post.refusal import Refusal

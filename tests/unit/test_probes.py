@@ -14,7 +14,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from smol_post import commands, config, evals, loading, manifest, plan, probes, scoring
+from smol_post import commands, config, evals, evals_config, loading, manifest, plan, probes, scoring
 
 Build = Callable[..., Any]
 KINDS = ("single", "multi_key", "multi_value")
@@ -22,12 +22,14 @@ DATE = "01 July 2025"
 STORY = "Zoë paid 12 €: the café was shut 🙂 at noon. 東京 is far. " * 30
 
 
-def probe(kind: str = "single", **changes: Any) -> config.Probe:
-    return loading.validate(config.Probe, {"kind": kind, "lengths": [512], **changes}, where="evals.yaml")
+def probe(kind: str = "single", **changes: Any) -> evals_config.Probe:
+    return loading.validate(
+        evals_config.Probe, {"kind": kind, "lengths": [512], **changes}, where="evals.yaml"
+    )
 
 
 def question(
-    tokenizer: Any, asked: config.Probe, index: int = 0, num_tokens: int = 512, seed: int = 0
+    tokenizer: Any, asked: evals_config.Probe, index: int = 0, num_tokens: int = 512, seed: int = 0
 ) -> Any:
     return probes.question(tokenizer, asked, index, num_tokens=num_tokens, seed=seed, date_string=DATE)
 

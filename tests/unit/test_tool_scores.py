@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from smol_post import chat, config, evals, loading, points, tool_scores
-from smol_post.config import ToolCalls
+from smol_post.evals_config import ToolCalls
 from smol_post.refusal import Refusal
 
 TOOL = {
