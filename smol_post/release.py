@@ -76,7 +76,8 @@ def release(argv: list[str]) -> int:
             hub.check_repository(arguments.push_to_hub)
         source = find(arguments.run, despite_gates=arguments.despite_gates)
         if arguments.push_to_hub and is_made(arguments.out, source, options):
-            say(f"{arguments.out}: kept, this very release")
+            finish(arguments.out, source, manifest.read_json(arguments.out / RELEASE), arguments.push_to_hub)
+            say(f"{arguments.out}: kept, this very release; its card is that of {arguments.push_to_hub}")
         else:
             about = write(source, arguments.out, options, name=arguments.push_to_hub)
             size = sum((arguments.out / name).stat().st_size for name in about["files"])
@@ -131,7 +132,7 @@ def find(run: Path, *, despite_gates: bool) -> Source:
     tree = lineage.read_tree(run)
     for node in tree.values():
         edited = node.manifest and manifest.record_holds(node.manifest) is False
-        if edited or (node.problem and node.name.startswith((".", ".."))):
+        if edited or (node.problem and node.name.startswith(".")):
             raise Refusal(
                 f"{run}: its lineage does not hold: {node.problem or f'{node.folder}: manifest was edited'}; "
                 "restore that run"
@@ -187,11 +188,17 @@ def write(source: Source, out: Path, options: dict[str, Any], *, name: str | Non
             ],
             "versions": {**manifest.versions(), "smol-post": __version__},
         }  # fmt: skip
-        card = model_card.render(source.points, source.tree, tree, about, name=name or out.name)
-        manifest.write_text(part / "README.md", card)
-        check_secrets(part)
-        manifest.write_json(part / RELEASE, about | {"files": digests(part)})
+        finish(part, source, about, name or out.name)
     return manifest.read_json(out / RELEASE)
+
+
+def finish(folder: Path, source: Source, about: dict[str, Any], name: str) -> None:
+    """Write the card, whose code to copy loads `name`, and release.json with a digest of every file, last."""
+    config = manifest.read_json(source.run / CONFIG)
+    card = model_card.render(source.points, source.tree, config, about, name=name)
+    manifest.write_text(folder / "README.md", card)
+    check_secrets(folder)
+    manifest.write_json(folder / RELEASE, about | {"files": digests(folder)})
 
 
 def for_old_readers(tree: dict[str, Any]) -> dict[str, Any]:

@@ -392,7 +392,8 @@ def test_a_release_is_pushed_as_it_is_and_every_run_of_its_chain_as_a_branch(
     call = [PROGRAM, "release", chain[1] / "merge", released, *words]
     done = subprocess.run(call, env=environment | there, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith(f"{released}: kept, this very release\n")
+    assert done.stdout.startswith(f"{released}: kept, this very release; its card is that of me/tiny\n")
+    assert 'model_name = "me/tiny"' in (released / "README.md").read_text()
     about = read(released / "release.json")
     main = stored.pop("main")
     assert main.pop("release.json") == manifest.digest_file(released / "release.json")
