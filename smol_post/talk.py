@@ -356,10 +356,9 @@ class Talk:
                 self.check_text(one.get("content", ""))
         except (OSError, ValueError, RecursionError) as error:
             raise Refusal(f"/load {path}: {error}; give a file that /save has written") from None
-        if said[0]["role"] == "system" and not (text := self._take_flag(said[0].get("content", ""))):
-            said = said[1:]
-        elif said[0]["role"] == "system":
-            said[0]["content"] = text
+        if said[0]["role"] == "system":
+            text = self._take_flag(said[0].get("content", ""))
+            said = [{"role": "system", "content": text}, *said[1:]] if text else said[1:]
         self.messages, self.pending = said, ""
         self.mode = mode if mode and self.has_modes else self.mode
         other = {"think": "no_think", "no_think": "think"}.get(self.mode, "")
