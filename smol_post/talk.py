@@ -268,21 +268,19 @@ class Talk:
     def set_system(self, text: str) -> None:
         """Begin anew with this system message; the flag of a mode in it sets the mode."""
         self.check_text(text)
-        self.messages, self.modes = [], []
-        if text:
-            self.messages, self.modes = [{"role": "system", "content": text}], [""]
-            self._take_flags()
+        text = self._take_flag(text)
+        self.messages = [{"role": "system", "content": text}] if text else []
+        self.modes = [""] * len(self.messages)
 
-    def _take_flags(self) -> None:
-        """A flag of the system message becomes the mode: left there, it would win over /think."""
-        if not self.has_modes or not self.system():
-            return
+    def _take_flag(self, system: str) -> str:
+        """The text without the flag of a mode, which becomes the mode: there it would win over /think."""
+        if not self.has_modes:
+            return system
         try:
-            mode = mode_of(self.messages, {})
+            self.mode = mode_of([{"role": "system", "content": system}], {}) or self.mode
         except ValueError as error:
             raise Refusal(str(error)) from None
-        self.mode = mode or self.mode
-        self.messages[0]["content"] = re.sub(r"(?<!\S)/(no_)?think(?!\S)\s*", "", self.system()).strip()
+        return re.sub(r"(?<!\S)/(no_)?think(?!\S)\s*", "", system).strip()
 
     def show_system(self, text: str) -> None:
         """Show the system message, or put another in its place; the conversation stays."""
@@ -303,13 +301,18 @@ class Talk:
         if not self.tools:
             note("no tools; give them with --tools FILE or --python-tools FILE")
 
+    @property
+    def last_mode(self) -> str:
+        """The mode of the last turn."""
+        return next(filter(None, reversed(self.modes)), self.mode)
+
     def row(self) -> dict[str, Any]:
-        """The conversation as an SFT row in the present mode; turns of the other mode have weight 0."""
+        """The conversation as an SFT row in the mode of its last turn; turns of the other have weight 0."""
         said = [
-            one | ({"weight": 0} if one["role"] == "assistant" and mode != self.mode else {})
+            one | ({"weight": 0} if one["role"] == "assistant" and mode != self.last_mode else {})
             for one, mode in zip(self.messages, self.modes, strict=True)
         ]
-        flag = {"enable_thinking": self.mode == "think"} if self.has_modes else {}
+        flag = {"enable_thinking": self.last_mode == "think"} if self.has_modes else {}
         return {"messages": said, "chat_template_kwargs": flag | self.variables}
 
     def save(self, name: str) -> None:
@@ -324,8 +327,8 @@ class Talk:
         self._write(path)
         self.saved.add(path.resolve())
         note(f"saved {len(self.messages)} messages: {path}")
-        if {*self.modes} - {"", self.mode}:
-            note(f"as a row it is of mode {self.mode}; turns in the other have weight 0")
+        if {*self.modes} - {"", self.last_mode}:
+            note(f"as a row it is of mode {self.last_mode}; turns in the other have weight 0")
 
     def _write(self, path: Path) -> None:
         row = self.row()
@@ -347,27 +350,28 @@ class Talk:
                 raise ValueError("wanted one row")
             said, variables = messages.clean_row(found)
             mode = mode_of(said, variables)
-            tools = {key: variables[key] for key in messages.TOOL_KEYS if key in variables}
-            tool_calls.given(str(self.template), tools)
-            offered = tool_calls.offered(tools)
+            tool_calls.given(str(self.template), variables)
+            offered = tool_calls.offered(variables)
             for one in said:
                 self.check_text(one.get("content", ""))
         except (OSError, ValueError, RecursionError) as error:
             raise Refusal(f"/load {path}: {error}; give a file that /save has written") from None
+        if said[0]["role"] == "system":
+            text = self._take_flag(said[0].get("content", ""))
+            said = [{"role": "system", "content": text}, *said[1:]] if text else said[1:]
         self.messages, self.pending = said, ""
         self.mode = mode if mode and self.has_modes else self.mode
         other = {"think": "no_think", "no_think": "think"}.get(self.mode, "")
         self.modes = [other if one.pop("weight", 1) == 0 else self.mode for one in said]
-        self._take_flags()
-        if offered:
-            self.variables = tools
-            self._offer()
+        present = (
+            {} if offered else {key: one for key, one in self.variables.items() if key in messages.TOOL_KEYS}
+        )
+        self.variables = present | {key: one for key, one in variables.items() if key != "enable_thinking"}
+        self._offer()
         note(f"loaded {len(said)} messages; {self.mode}")
         start = len(said)
-        if said[-1]["role"] == "assistant":
-            self._follow(start, answer=False)
-        elif said[-1]["role"] != "system":
-            self._follow(start)
+        if said and said[-1]["role"] != "system":
+            self._follow(start, answer=said[-1]["role"] != "assistant")
 
     def retry(self) -> None:
         """Take the last message back and ask it again."""

@@ -24,7 +24,7 @@ CODE = "<code>\ncalc('1+1')\n</code>"
 THOUGHT = "<think>\n1+1=2\n</think>\n2"
 ASK, SAY = {"role": "user", "content": "calc 1+1?"}, {"role": "assistant"}
 XML, PYTHON = {"xml_tools": [CALC]}, {"python_tools": [synthetic.PYTHON_TOOL]}
-SONG = "birds by " * 40
+SONG = "birds by " * 20
 # (messages, template variables, the answer): what a turn is generated from, word for word
 KNOWN: list[tuple[list[dict[str, Any]], dict[str, Any], str]] = [
     ([{"role": "user", "content": "1+1?"}], {"enable_thinking": True}, THOUGHT),
@@ -88,9 +88,9 @@ def checkpoint(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
         torch.stack(losses).mean().backward()
         optimiser.step()
         optimiser.zero_grad()
-        if max(loss.item() for loss in losses) < 0.01:
+        if max(loss.item() for loss in losses) < 0.03:
             break
-    assert max(loss.item() for loss in losses) < 0.01
+    assert max(loss.item() for loss in losses) < 0.03
     folder = tmp_path_factory.mktemp("checkpoint")
     lm.save_pretrained(folder)
     made.save_pretrained(folder)
@@ -224,11 +224,17 @@ def test_a_full_context_is_said_and_nothing_is_cut(say: Say) -> None:
     assert "cut after 3 tokens (--max-new-tokens)" in err
 
 
-def test_a_flag_in_the_system_message_is_the_mode_until_another_is_typed(say: Say) -> None:
-    _, err = say(["/system", "/load none", "/no_think"], "--system", "Be brief. /no_think")
-    assert err.splitlines()[-2:-1] == ["Be brief."] or "Be brief.\n" in err
-    out, _ = say(["/think", "1+1?"], "--system", "/no_think")
+def test_a_flag_in_the_system_message_is_the_mode_until_another_is_typed(say: Say, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.jsonl"
+    lines = ["/system", "1+1?", f"/save {saved}", "/system /think /no_think", "/system", "/reset", "/retry"]
+    _, err = say(lines, "--system", "Be brief. /no_think", "--max-new-tokens", "4")
+    assert err.splitlines()[0] == "Be brief."
+    assert row(saved)["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "both /think and /no_think" in err
+    assert err.splitlines()[-2:] == ["Be brief.", "/retry: nothing has been asked yet"]
+    out, _ = say(["/think", "1+1?", "/no_think", f"/save {tmp_path}/think.json"], "--system", "/no_think")
     assert out == f"{THOUGHT}\n"
+    assert row(tmp_path / "think.json")["chat_template_kwargs"] == {"enable_thinking": True}
 
 
 def test_a_model_without_modes_says_so_and_chats(say: Say, checkpoint: Path, tmp_path: Path) -> None:
