@@ -1,0 +1,541 @@
+"""`smol-post generate`: prompts -> a teacher's answers -> rows that the mixtures read.
+
+    smol-post generate traces --config recipes/smollm2-135m/traces.yaml
+
+    sources --prompts--> requests --ASK--> answers.jsonl --SIFT--> rows, ledger, card --> manifest.json
+
+Asking only adds to the journal, so a run that was killed goes on where it stood. Sifting is a function of journal
+and recipe: other filters sift anew and ask nothing. Both play the same scripts over the same prompts in order.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from smol_post import asking, disk, inputs, loading, locks, manifest, runner, scripts, sifting
+from smol_post.asking import Prompt, Request
+from smol_post.config import Source
+from smol_post.generate_config import GENERATIONS, Generation, PairsRecipe
+from smol_post.journal import JOURNAL, Journal
+from smol_post.launch import say
+from smol_post.messages import Messages
+from smol_post.plan import Job, Parent, check_names, default_run_root, resolve_parent
+from smol_post.refusal import Failure, Refusal, Stopped, did_you_mean
+from smol_post.runner import EXIT_OK, refuse
+from smol_post.scripts import Candidate, Script
+from smol_post.sifting import Sift
+
+CARD = "README.md"
+HOPELESS_AFTER = 10  # requests that a server will not have, with none that it answered
+_SAY_EVERY = 30.0  # seconds between lines where there is no terminal
+
+
+class Unit(NamedTuple):
+    """One prompt with what is to be asked of it, or why it is not (`reason`)."""
+
+    source: str
+    row: int
+    mode: str | None
+    reason: str | None
+    prompt: Prompt | None = None
+    script: Callable[[], Script] | None = None
+
+
+class Work:
+    """A recipe made ready: its teachers found, its sources pinned, its judges built."""
+
+    def __init__(self, recipe: Generation, job: Job) -> None:
+        """Refusal where a checkpoint, source, key or library is not there; nothing is asked."""
+        self.recipe, self.job = recipe, job
+        self.folder = job.recipe_file.parent
+        self.teachers = recipe.teachers()
+        self.parents: dict[str, Parent] = {}
+        self.keys: dict[str, str] = {}
+        for name, teacher in self.teachers.items():
+            if teacher.checkpoint is not None:
+                self.parents[name] = resolve_parent(job, teacher.checkpoint)
+            else:
+                _require_openai(job.recipe_file)
+                self.keys[name] = asking.key_of(teacher, where=job.recipe_file)
+        from smol_post import sources
+
+        self.sources: list[tuple[Source, Any]] = [sources.pin(one, self.folder) for one in recipe.sources]
+
+    def fingerprint(self) -> str:
+        """What decides the outcome, as one digest: recipe, data, checkpoints, version, what rows are kept out by."""
+        return manifest.digest_tree(
+            [
+                inputs.fingerprint(self.job, list(self.parents.values())),
+                [pinned for _, pinned in self.sources],
+                self._suites_digest(),
+            ]
+        )
+
+    def _suites_digest(self) -> Any:
+        one = self.recipe.decontaminate
+        named = [*one.suites, *one.paths] if one else []
+        return [manifest.digest_file(self.folder / path) for path in named]
+
+    def num_prompts(self) -> int:
+        """How many prompts there are, at most, in all modes."""
+        from smol_post import sources
+
+        total = 0.0
+        for source, _ in self.sources:
+            span = sources.spans(source, folder=self.folder, num_shards=1)[0]
+            total += span.num_rows * source.keep_fraction
+        return round(total) * len(self.recipe.modes)
+
+    def ask(
+        self, teacher: str, prompt: Prompt, sample: int, *, messages: Messages | None = None
+    ) -> Request:
+        """A request of one of the teachers."""
+        known = self.teachers[teacher]
+        model = self.parents[teacher].digest if known.checkpoint is not None else str(known.model)
+        return asking.request(known, teacher, prompt, sample, model=model, messages=messages)
+
+    def count(self) -> Callable[[str], int]:
+        """Tokens of a text, by the weak checkpoint's tokenizer; of a server's, one a four bytes."""
+        if "weak" not in self.parents:
+            return lambda text: len(text.encode("utf-8", "replace")) // 4 + 1
+        from smol_post import vocabulary
+
+        tokenizer = vocabulary.load_tokenizer(self.parents["weak"].folder)
+        return lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + 1  # pyright: ignore
+
+    def script(self) -> Callable[[Prompt], Script]:
+        """What this kind of recipe asks of a prompt."""
+        if isinstance(self.recipe, PairsRecipe):
+            count = self.count() if self.recipe.strong is None else len
+            return lambda prompt: scripts.pairs(self.recipe, prompt, self.ask, count)  # pyright: ignore
+        return lambda prompt: scripts.traces(self.recipe, prompt, self.ask)
+
+    def units(self, find: Callable[[str], str | None]) -> Iterator[Unit]:
+        """Every prompt in every mode, in the order of sources, rows and modes; the same at every call."""
+        from smol_post import sources
+
+        own_mode = isinstance(self.recipe, PairsRecipe) and self.recipe.strong is None
+        script = self.script()
+        for source, _ in self.sources:
+            check = self.recipe.checks.get(source.name)
+            if check and source.path:  # columns that no training reads
+                extra = {name: name for name in check.columns() if name not in source.columns}
+                source = source.model_copy(update={"columns": source.columns | extra})
+            for raw in sources.read_rows(source, folder=self.folder):
+                where = f"source '{source.name}': row {raw.number}"
+                try:
+                    row = sources.parse_row(raw.content, columns=source.columns)
+                    found = list(asking.prompts(self.recipe, source.name, raw.number, row, own_mode=own_mode))
+                except ValueError as error:
+                    if self.recipe.on_bad_rows == "refuse":
+                        raise Refusal(f"{where}: {error}; mend the row, or set on_bad_rows: skip") from None
+                    yield Unit(source.name, raw.number, None, "bad_row")
+                    continue
+                for mode, prompt in zip(self.recipe.modes, found, strict=True):
+                    reason = prompt if isinstance(prompt, str) else self._why_not(prompt, find, own_mode)
+                    if reason or isinstance(prompt, str):
+                        yield Unit(source.name, raw.number, mode, reason)
+                    else:
+                        yield Unit(source.name, raw.number, mode, None, prompt, partial(script, prompt))
+
+    def _why_not(self, prompt: Prompt, find: Callable[[str], str | None], own: bool) -> str | None:
+        if own and prompt.own is None:
+            return "no_answer"
+        if reason := asking.unaskable(prompt, self.teachers):
+            return reason
+        return "contaminated" if find(sifting.said(prompt)) else None
+
+
+def play(script: Script, look_up: Callable[[str], Mapping[str, Any]]) -> list[Candidate]:
+    """A script with answers that are there; KeyError where one is not."""
+    wave = next(script)
+    while True:
+        try:
+            wave = script.send([look_up(one.id) for one in wave])
+        except StopIteration as end:
+            return end.value
+
+
+class Asking:
+    """The phase that fills the journal: whoever answers, each answer is written down at once."""
+
+    def __init__(self, work: Work, journal: Journal, find: Callable[[str], str | None], progress: "Progress") -> None:
+        """`find`: the suite that a prompt is in, which is then not asked."""
+        self.work, self.journal, self.find, self.progress = work, journal, find, progress
+        self._doubtful: list[dict[str, Any]] = []  # failed, before the server answered anything
+        self._scout: Sift | None = None
+
+    def run(self) -> None:
+        """Ask the servers, all at once, then one checkpoint after another; what is known is not asked."""
+        names = [name for name in self.work.teachers if name in self.work.parents]
+        passes: list[Callable[[], None]] = [partial(self._local_pass, name) for name in names]
+        if self.work.keys:
+            passes.insert(0, self._server_pass)
+        for number, one in enumerate(passes, 1):
+            if number == len(passes) and self.work.recipe.num_rows is not None:
+                self._scout = Sift(self.work.recipe, seen=judges(self.work)[1], find=self.find)
+            one()
+
+    def _server_pass(self) -> None:
+        stopped: list[int] = []
+
+        async def main() -> None:
+            task = asyncio.current_task()
+            assert task is not None
+
+            def stop() -> None:
+                stopped.append(1)
+                task.cancel()
+
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+            await self._serve()
+
+        try:
+            asyncio.run(main())
+        except asyncio.CancelledError:
+            if not stopped:
+                raise
+            raise Stopped from None
+        finally:
+            runner.interrupt_on_sigterm()
+
+    async def _serve(self) -> None:
+        from smol_post.servers import Server
+
+        teachers = self.work.teachers
+        servers = {name: Server(name, teachers[name], key) for name, key in self.work.keys.items()}
+        room = asyncio.Semaphore(2 * sum(teachers[name].concurrency for name in servers))
+        under_way: dict[str, asyncio.Task[Mapping[str, Any]]] = {}
+        done: dict[int, tuple[Unit, list[Candidate]]] = {}
+        at = 0
+
+        async def fresh(request: Request) -> Mapping[str, Any]:
+            line = asking.about(request) | await servers[request.teacher].ask(request)
+            self._keep(line, request)
+            return line
+
+        async def answer(request: Request, group: asyncio.TaskGroup) -> Mapping[str, Any] | None:
+            if request.id in self.journal:
+                return self.journal[request.id]
+            if request.teacher not in servers:
+                return None
+            if request.id not in under_way:
+                task = under_way[request.id] = group.create_task(fresh(request))
+                task.add_done_callback(lambda _: under_way.pop(request.id, None))
+            return await under_way[request.id]
+
+        async def one_unit(number: int, unit: Unit, group: asyncio.TaskGroup) -> None:
+            nonlocal at
+            candidates: list[Candidate] | None = []
+            if unit.script:
+                candidates = await self._play(unit.script(), partial(answer, group=group))
+            if self._scout and candidates is not None:
+                done[number] = (unit, candidates)
+                while at in done:
+                    self._scouted(*done.pop(at))
+                    at += 1
+            room.release()
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number, unit in enumerate(self.work.units(self.find)):
+                    await room.acquire()
+                    if self._scout and self._scout.enough:
+                        break
+                    group.create_task(one_unit(number, unit, group))
+        except BaseExceptionGroup as failed:
+            raise _first(failed) from None
+        finally:
+            for server in servers.values():
+                await server.close()
+        self._flush()
+
+    async def _play(self, script: Script, answer: Callable[[Request], Any]) -> list[Candidate] | None:
+        """A script with a server's answers; None where it wants those of a checkpoint, which come later."""
+        wave = next(script)
+        while True:
+            answers = await asyncio.gather(*(answer(one) for one in wave))
+            if any(one is None for one in answers):
+                return None
+            try:
+                wave = script.send(answers)
+            except StopIteration as end:
+                return end.value
+
+    def _scouted(self, unit: Unit, candidates: list[Candidate]) -> None:
+        assert self._scout is not None
+        if unit.prompt is not None:
+            self._scout.take(unit.prompt, candidates)
+
+    def _keep(self, line: dict[str, Any], request: Request) -> None:
+        """Write an answer down; a failure only once the server has answered something.
+
+        Failure where it will have nothing at all: what is wrong then is no request's own fault, and asking again
+        when it is mended must not find the requests done.
+        """
+        if "failed" in line and not self.journal.num_answered:
+            self._doubtful.append(line)
+            if len(self._doubtful) >= HOPELESS_AFTER:
+                self._flush()
+            return
+        self.journal.add(line)
+        self.progress.add(line, request)
+        if self._doubtful:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._doubtful and not self.journal.num_answered:
+            first = self._doubtful[0]
+            raise Failure(
+                f"{first['teacher']}: each of {len(self._doubtful)} requests was refused: {first['failed']}; mend the "
+                "recipe; nothing was written down of them"
+            )
+        for line in self._doubtful:
+            self.journal.add(line)
+        self._doubtful = []
+
+    def _local_pass(self, name: str) -> None:
+        """Batches of prompts in order; of a batch that was cut short, what is missing is written."""
+        from smol_post.local_teacher import LocalTeacher
+
+        teacher, loaded = self.work.teachers[name], None
+        units = self.work.units(self.find)
+        while batch := list(islice(units, teacher.batch_size)):
+            if self._scout and self._scout.enough:
+                return
+            scripts_of = {at: unit.script() for at, unit in enumerate(batch) if unit.script}
+            waves = {at: next(script) for at, script in scripts_of.items()}
+            found: dict[int, list[Candidate]] = {at: [] for at in range(len(batch))}
+            while waves:
+                every = {one.id: one for wave in waves.values() for one in wave if one.teacher == name}
+                todo = list(every.values())
+                for start in range(0, len(todo), teacher.batch_size):
+                    piece = todo[start : start + teacher.batch_size]
+                    if all(one.id in self.journal for one in piece):
+                        continue
+                    loaded = loaded or LocalTeacher(teacher, self.work.parents[name].folder)
+                    for request, answer in zip(piece, loaded.ask(piece), strict=True):
+                        if request.id not in self.journal:
+                            line = asking.about(request) | answer
+                            self.journal.add(line)
+                            self.progress.add(line, request)
+                ended = []
+                for at, wave in waves.items():
+                    if any(one.id not in self.journal for one in wave):  # of a checkpoint whose turn comes
+                        ended.append(at)
+                        continue
+                    try:
+                        waves[at] = scripts_of[at].send([self.journal[one.id] for one in wave])
+                    except StopIteration as end:
+                        found[at] = end.value
+                        ended.append(at)
+                for at in ended:
+                    del waves[at]
+            if self._scout:
+                for at, unit in enumerate(batch):
+                    self._scouted(unit, found[at])
+
+
+def _first(failed: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first exception of a group that is none, the reasons we know before others."""
+    flat: list[BaseException] = []
+    todo: list[BaseException] = [failed]
+    while todo:
+        one = todo.pop(0)
+        if isinstance(one, BaseExceptionGroup):
+            todo = [*one.exceptions, *todo]
+        else:
+            flat.append(one)
+    return next((one for one in flat if isinstance(one, Failure | Refusal)), flat[0])
+
+
+class Progress:
+    """Rows, tokens and cost of this run so far: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, work: Work, total: int) -> None:
+        """`total`: requests of the whole run, at most."""
+        self.teachers = work.teachers
+        self.num_requests = self.prompt_tokens = self.tokens = self.failed = 0
+        self.cost = 0.0
+        self.started = self._said = time.monotonic()
+        self._total, self._bar = total, None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="row", dynamic_ncols=True, smoothing=0.05)
+
+    def known(self, number: int) -> None:
+        """So many were answered before."""
+        self._total = max(self._total - number, 0)
+        if self._bar is not None:
+            self._bar.initial = self._bar.n = number
+            self._bar.refresh()
+
+    def add(self, line: Mapping[str, Any], request: Request) -> None:
+        """Another one is done."""
+        teacher = self.teachers[request.teacher]
+        self.num_requests += 1
+        self.failed += "failed" in line
+        self.prompt_tokens += line.get("prompt_tokens", 0)
+        self.tokens += line.get("tokens", 0)
+        self.cost += line.get("prompt_tokens", 0) * teacher.price_prompt / 1e6
+        self.cost += line.get("tokens", 0) * teacher.price_completion / 1e6
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._rates(), refresh=False)
+            self._bar.update()
+        elif time.monotonic() - self._said > _SAY_EVERY:
+            self._said = time.monotonic()
+            passed = self._said - self.started
+            left = passed / self.num_requests * max(0, self._total - self.num_requests)
+            rate = self.num_requests / passed
+            say(f"{self.num_requests:,} of {self._total:,}: {rate:.2f} rows/s, {self._rates()}, {left:,.0f} s to go")
+
+    def _rates(self) -> str:
+        rate = self.tokens / max(1e-9, time.monotonic() - self.started)
+        return f"{rate:,.0f} tokens/s, cost {self.cost:,.2f}"
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _require_openai(where: Path) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("openai") is None:
+        raise Refusal(f"{where}: base_url: no openai here; pip install 'smol_post[generate]'")
+
+
+def generate(argv: list[str]) -> int:
+    """Make data by a teacher: traces, pairs or turns."""
+    kinds = list(GENERATIONS)
+    kind = argv[0] if argv and not argv[0].startswith("-") else None
+    program = f"smol-post generate {kind if kind in kinds else '|'.join(kinds)}"
+    runner.interrupt_on_sigterm()
+    try:
+        arguments, pairs = runner.parse(runner.parser(program, stage=None), argv[kind is not None :])
+        if kind not in kinds:
+            hint = did_you_mean(str(kind), kinds)
+            raise Refusal(f"generate {kind or ''}: wanted one of {', '.join(kinds)}{hint if kind else ''}")
+        if arguments.recipe is None:
+            raise Refusal(f"no recipe given; type: {program} --config recipes/smollm3/{kind}.yaml")
+        path = Path(arguments.recipe)
+        recipe: Any = loading.load_recipe(path, arguments=pairs)
+        if recipe.stage != kind:
+            raise Refusal(f"{path}: stage: found {recipe.stage}, wanted {kind}")
+        check_names(recipe, path)
+        root = Path(arguments.run_dir) if arguments.run_dir else default_run_root(path.parent)
+        out = root / path.stem
+        checkpoints = [one.checkpoint for one in recipe.teachers().values() if one.checkpoint]
+        return make(recipe, Job(out.name, recipe, path, out, checkpoints))
+    except Refusal as refusal:
+        return refuse(refusal)
+    except Failure as failure:
+        return runner.fail(failure)
+    except KeyboardInterrupt as stop:
+        say("generate: interrupted; what was answered is kept, the same command goes on", error=True)
+        return runner.interrupted(stop)
+
+
+def make(recipe: Generation, job: Job) -> int:
+    """Ask what is not answered yet, sift all of it, write the manifest; nothing where all is as it was."""
+    work, out = Work(recipe, job), job.run_dir
+    print_id = work.fingerprint()
+    _check_place(out, recipe)
+    if manifest.is_whole(out) and _as_it_was(out, print_id):
+        say(f"{job.name}: whole already, kept: {out}")
+        return EXIT_OK
+    locks.check(out, what="a generation")
+    try:
+        Journal(out)
+        out.mkdir(parents=True, exist_ok=True)
+        lock = locks.take(out, what="a generation")
+    except OSError as error:
+        raise Refusal(f"{out}: cannot be made ({error.strerror}); choose another --run-dir") from None
+    with lock, disk.watched(out):
+        started = time.monotonic()
+        (out / manifest.MANIFEST).unlink(missing_ok=True)
+        journal = Journal(out).open()
+        find, _ = judges(work)
+        progress = Progress(work, _num_requests(work))
+        progress.known(len(journal))
+        try:
+            Asking(work, journal, find, progress).run()
+        finally:
+            progress.close()
+            journal.close()
+        summary = _sift(work, journal, find, out)
+        _finish(work, out, print_id, summary, progress, time.monotonic() - started)
+        (out / locks.LOCK).unlink()
+    return EXIT_OK
+
+
+def _num_requests(work: Work) -> int:
+    return work.num_prompts() * work.recipe.num_samples * len(work.teachers)
+
+
+def _check_place(out: Path, recipe: Generation) -> None:
+    """Refusal where the folder holds anything but what this kind of recipe makes."""
+    ours = {JOURNAL, locks.LOCK, manifest.MANIFEST, sifting.LEDGER, sifting.COUNTS, CARD}
+    found = {path.name for path in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
+    alien = {name for name in found - ours if not name.startswith(f"{sifting.ROWS}.") and not name.endswith(".tmp")}
+    made = manifest.read_manifest(out)["stage"] if manifest.MANIFEST in found and not alien else recipe.stage  # pyright: ignore
+    if alien or made not in GENERATIONS:
+        raise Refusal(f"{out}: exists and is no folder of ours; choose another --run-dir or remove it")
+    if made != recipe.stage:  # pyright: ignore
+        raise Refusal(f"{out}: holds {made}; choose another --run-dir or remove it")
+
+
+def _as_it_was(out: Path, print_id: str) -> bool:
+    old = manifest.read_manifest(out)
+    return old["fingerprint"] == print_id and all(
+        (out / name).is_file() and manifest.digest_file(out / name) == digest
+        for name, digest in (old.get("made") or {"": ""}).items()
+    )
+
+
+def judges(work: Work) -> tuple[Callable[[str], str | None], Any]:
+    """What finds the suite that a text is in, and what remembers texts."""
+    recipe = work.recipe
+    return (lambda text: None), None
+
+
+def _sift(work: Work, journal: Journal, find: Callable[[str], str | None], out: Path) -> dict[str, Any]:
+    """Write rows and ledger; what `ledger.json` says."""
+    import json
+
+    rows = sifting.Rows(out, work.recipe.format, work.recipe.stage)  # pyright: ignore
+    part = out / f"{sifting.LEDGER}.tmp"
+    with part.open("w", encoding="utf-8") as ledger:
+        sift = Sift(
+            work.recipe,
+            seen=judges(work)[1],
+            find=find,
+            write=rows.write,
+            note=lambda entry: ledger.write(json.dumps(entry) + "\n"),
+        )
+        for unit in work.units(find):
+            if sift.enough:
+                break
+            if unit.prompt is None or unit.script is None:
+                sift.skip(unit.source, unit.row, unit.mode, str(unit.reason))
+            else:
+                sift.take(unit.prompt, play(unit.script(), journal.__getitem__))
+    path = rows.finish()
+    for other in out.glob(f"{sifting.ROWS}.*"):
+        if other != path:
+            other.unlink()
+    manifest.sync(part)
+    part.replace(out / sifting.LEDGER)
+    summary = sift.summary()
+    manifest.write_json(out / sifting.COUNTS, summary)
+    return summary
