@@ -20,12 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smol_post import chat, sources, synthetic
 from smol_post.config import FILES, Source
+from smol_post.judging import END_THINK, THINK, well_formed
 from smol_post.refusal import Refusal, describe
 
 Metric = dict[str, float]
-THINK, END_THINK = "<think>", "</think>"
 TEMPLATE_ERRORS = (TemplateError, TypeError, AttributeError, LookupError)  # of a chat template being rendered
-_THINK = re.compile(r"\s*<think>\s*\S.*?</think>(?P<answer>.*)", re.DOTALL)
 _OPENED = re.compile(r"<think>\s*(</think>\s*)?\Z")  # what a template may write before the model speaks
 _EMPTY = re.compile(r"\s*<think>\s*</think>")
 
@@ -42,25 +41,6 @@ def share(hits: Sequence[bool]) -> Metric:
         "stderr": round(math.sqrt(value * (1 - value) / len(hits)), 4),
         "num": len(hits),
     }
-
-
-def well_formed(text: str, mode: str, *, ended: bool) -> str | None:
-    """The answer of a generation that obeys its mode and stops; None where it does not.
-
-    think: one block with something in it, closed once, then text without tags; no_think: text without tags.
-
-    >>> well_formed("<think>\\n3+4=7\\n</think>\\n7", "think", ended=True)
-    '7'
-    """
-    if not ended:
-        return None
-    if mode == "think":
-        match = _THINK.fullmatch(text)
-        if match is None or text.count("<think>") != 1:
-            return None
-        text = match["answer"]
-    answer = text.strip()
-    return answer if answer and "<think>" not in answer and "</think>" not in answer else None
 
 
 def obeys(prompt: str, text: str, mode: str, *, ended: bool) -> bool:

@@ -14,7 +14,18 @@ import smol_post
 PACKAGE = Path(smol_post.__file__).parent
 STAGES = {"base", "long_context", "mid", "sft", "apo", "merge", "evals"}
 LAYERS = [
-    {"__init__", "refusal", "trainer_block", "config", "loading", "manifest", "trust", "locks", "disk"},
+    {
+        "__init__",
+        "refusal",
+        "trainer_block",
+        "config",
+        "loading",
+        "manifest",
+        "trust",
+        "locks",
+        "disk",
+        "judging_config",
+    },
     {
         "launch",
         "plan",
@@ -32,6 +43,10 @@ LAYERS = [
         "hub",
         "launch_files",
         "costs",
+        "judging",
+        "constraints",
+        "turns",
+        "data_card",
     },
     {
         "packing",
@@ -41,6 +56,7 @@ LAYERS = [
         "mixture",
         "data",
         "shards",
+        "overlap",
         "inspection",
         "model",
         "attention",
