@@ -23,6 +23,7 @@ COMMANDS = {
     "export": "write a variant of a checkpoint for inference at a longer context, by YaRN",
     "plan": "what a pipeline will cost: updates, hours, memory, disk; no torch, nothing is run",
     "prepare": "tokenise and pack the data of a recipe's runs, and count it; no weights needed",
+    "generate": "make data by a teacher: reasoning traces, preference pairs or conversations of several turns",
     "inspect": "show rows as the trainer gets them, token by token; no weights needed",
     "verify": "prove a run before step 1: masks, isolation, losses, precision, on its model and data",
     "check": "validate a recipe file or folder, without torch",
@@ -97,6 +98,10 @@ def dispatch(command: str, rest: list[str]) -> int:
         from smol_post import lineage
 
         return lineage.lineage(rest)
+    if command == "generate":
+        from smol_post import generate
+
+        return generate.generate(rest)
     if command == "plan":
         from smol_post import budget
 

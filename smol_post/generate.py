@@ -9,16 +9,15 @@ and recipe: other filters sift anew and ask nothing. Both play the same scripts 
 """
 
 import asyncio
-import contextlib
-import os
+import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from smol_post import asking, disk, inputs, loading, locks, manifest, runner, scripts, sifting
 from smol_post.asking import Prompt, Request
@@ -30,23 +29,12 @@ from smol_post.messages import Messages
 from smol_post.plan import Job, Parent, check_names, default_run_root, resolve_parent
 from smol_post.refusal import Failure, Refusal, Stopped, did_you_mean
 from smol_post.runner import EXIT_OK, refuse
-from smol_post.scripts import Candidate, Script
+from smol_post.scripts import Candidate, Script, Unit
 from smol_post.sifting import Sift
 
 CARD = "README.md"
 HOPELESS_AFTER = 10  # requests that a server will not have, with none that it answered
 _SAY_EVERY = 30.0  # seconds between lines where there is no terminal
-
-
-class Unit(NamedTuple):
-    """One prompt with what is to be asked of it, or why it is not (`reason`)."""
-
-    source: str
-    row: int
-    mode: str | None
-    reason: str | None
-    prompt: Prompt | None = None
-    script: Callable[[], Script] | None = None
 
 
 class Work:
@@ -94,9 +82,7 @@ class Work:
             total += span.num_rows * source.keep_fraction
         return round(total) * len(self.recipe.modes)
 
-    def ask(
-        self, teacher: str, prompt: Prompt, sample: int, *, messages: Messages | None = None
-    ) -> Request:
+    def ask(self, teacher: str, prompt: Prompt, sample: int, *, messages: Messages | None = None) -> Request:
         """A request of one of the teachers."""
         known = self.teachers[teacher]
         model = self.parents[teacher].digest if known.checkpoint is not None else str(known.model)
@@ -141,8 +127,10 @@ class Work:
                     continue
                 for mode, prompt in zip(self.recipe.modes, found, strict=True):
                     reason = prompt if isinstance(prompt, str) else self._why_not(prompt, find, own_mode)
-                    if reason or isinstance(prompt, str):
+                    if isinstance(prompt, str):
                         yield Unit(source.name, raw.number, mode, reason)
+                    elif reason:
+                        yield Unit(source.name, raw.number, mode, reason, prompt)
                     else:
                         yield Unit(source.name, raw.number, mode, None, prompt, partial(script, prompt))
 
@@ -167,7 +155,9 @@ def play(script: Script, look_up: Callable[[str], Mapping[str, Any]]) -> list[Ca
 class Asking:
     """The phase that fills the journal: whoever answers, each answer is written down at once."""
 
-    def __init__(self, work: Work, journal: Journal, find: Callable[[str], str | None], progress: "Progress") -> None:
+    def __init__(
+        self, work: Work, journal: Journal, find: Callable[[str], str | None], progress: "Progress"
+    ) -> None:
         """`find`: the suite that a prompt is in, which is then not asked."""
         self.work, self.journal, self.find, self.progress = work, journal, find, progress
         self._doubtful: list[dict[str, Any]] = []  # failed, before the server answered anything
@@ -272,7 +262,7 @@ class Asking:
 
     def _scouted(self, unit: Unit, candidates: list[Candidate]) -> None:
         assert self._scout is not None
-        if unit.prompt is not None:
+        if unit.prompt is not None and unit.script is not None:
             self._scout.take(unit.prompt, candidates)
 
     def _keep(self, line: dict[str, Any], request: Request) -> None:
@@ -396,7 +386,9 @@ class Progress:
             passed = self._said - self.started
             left = passed / self.num_requests * max(0, self._total - self.num_requests)
             rate = self.num_requests / passed
-            say(f"{self.num_requests:,} of {self._total:,}: {rate:.2f} rows/s, {self._rates()}, {left:,.0f} s to go")
+            say(
+                f"{self.num_requests:,} of {self._total:,}: {rate:.2f} rows/s, {self._rates()}, {left:,.0f} s to go"
+            )
 
     def _rates(self) -> str:
         rate = self.tokens / max(1e-9, time.monotonic() - self.started)
@@ -487,7 +479,9 @@ def _check_place(out: Path, recipe: Generation) -> None:
     """Refusal where the folder holds anything but what this kind of recipe makes."""
     ours = {JOURNAL, locks.LOCK, manifest.MANIFEST, sifting.LEDGER, sifting.COUNTS, CARD}
     found = {path.name for path in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
-    alien = {name for name in found - ours if not name.startswith(f"{sifting.ROWS}.") and not name.endswith(".tmp")}
+    alien = {
+        name for name in found - ours if not name.startswith(f"{sifting.ROWS}.") and not name.endswith(".tmp")
+    }
     made = manifest.read_manifest(out)["stage"] if manifest.MANIFEST in found and not alien else recipe.stage  # pyright: ignore
     if alien or made not in GENERATIONS:
         raise Refusal(f"{out}: exists and is no folder of ours; choose another --run-dir or remove it")
@@ -511,8 +505,6 @@ def judges(work: Work) -> tuple[Callable[[str], str | None], Any]:
 
 def _sift(work: Work, journal: Journal, find: Callable[[str], str | None], out: Path) -> dict[str, Any]:
     """Write rows and ledger; what `ledger.json` says."""
-    import json
-
     rows = sifting.Rows(out, work.recipe.format, work.recipe.stage)  # pyright: ignore
     part = out / f"{sifting.LEDGER}.tmp"
     with part.open("w", encoding="utf-8") as ledger:
@@ -526,9 +518,9 @@ def _sift(work: Work, journal: Journal, find: Callable[[str], str | None], out: 
         for unit in work.units(find):
             if sift.enough:
                 break
-            if unit.prompt is None or unit.script is None:
-                sift.skip(unit.source, unit.row, unit.mode, str(unit.reason))
-            else:
+            if unit.script is None:
+                sift.skip(unit)
+            elif unit.prompt is not None:
                 sift.take(unit.prompt, play(unit.script(), journal.__getitem__))
     path = rows.finish()
     for other in out.glob(f"{sifting.ROWS}.*"):
@@ -539,3 +531,52 @@ def _sift(work: Work, journal: Journal, find: Callable[[str], str | None], out: 
     summary = sift.summary()
     manifest.write_json(out / sifting.COUNTS, summary)
     return summary
+
+
+def _finish(
+    work: Work, out: Path, print_id: str, summary: dict[str, Any], progress: Progress, seconds: float
+) -> None:
+    """Write the card, and the manifest last; say how it went."""
+    recipe, job = work.recipe, work.job
+    made = [
+        path for path in sorted(out.iterdir()) if path.name.startswith((f"{sifting.ROWS}.", "ledger.", CARD))
+    ]
+    files = manifest.content_files(out)
+    parents = [{"path": one.path, "digest": one.digest, "stage": one.stage} for one in work.parents.values()]
+    manifest.write_manifest(
+        out,
+        {
+            "schema": manifest.SCHEMA,
+            "run": job.name,
+            "stage": recipe.stage,  # pyright: ignore
+            "recipe_file": str(job.recipe_file),
+            "origin": inputs.origin(job),
+            "recipe": recipe.model_dump(),
+            "fingerprint": print_id,
+            "parents": parents,
+            "inputs": inputs.collect(job, {one.path: one.digest for one in work.parents.values()}),
+            "data": {source.name: pinned for source, pinned in work.sources},
+            "metrics": summary,
+            "versions": manifest.versions(),
+            "seed": recipe.seed,
+            "seconds": round(seconds, 1),
+            "finished": manifest.now(),
+            "files": files,
+            "made": {path.name: manifest.digest_file(path) for path in made},
+            "digest": manifest.content_digest(files),
+        },
+    )
+    rejected = ", ".join(f"{number:,} {reason}" for reason, number in summary["rejected"].items())
+    say(
+        f"{job.name}: {summary['rows']:,} rows of {summary['kept']:,} kept; left out: {rejected or 'none'}; asked "
+        f"{progress.num_requests:,} now, {progress.failed:,} failed, {progress.prompt_tokens:,} tokens in, "
+        f"{progress.tokens:,} out, cost {progress.cost:,.2f}, {seconds:,.0f} s: {out}"
+    )
+    if gap := summary["length_gap"]:
+        say(
+            f"{job.name}: length: chosen {gap['chosen_mean']:.1f} tokens (median {gap['chosen_median']:g}), rejected "
+            f"{gap['rejected_mean']:.1f} (median {gap['rejected_median']:g}), chosen longer in "
+            f"{gap['chosen_longer']:.0%}, AUC {gap['auc']:.2f}"
+        )
+    if warning := sifting.length_warning(gap):
+        say(f"{job.name}: {warning}", error=True)

@@ -153,9 +153,7 @@ class Generation(Strict):
 
     def teachers(self) -> dict[str, Teacher]:
         """Those who are asked, by key."""
-        return {
-            key: getattr(self, key) for key in ("teacher", "strong", "weak") if getattr(self, key, None)
-        }
+        return {key: getattr(self, key) for key in ("teacher", "strong", "weak") if getattr(self, key, None)}
 
 
 class TracesRecipe(Generation):

@@ -23,7 +23,9 @@ class LocalTeacher:
         self.teacher = teacher
         self.tokenizer = vocabulary.load_tokenizer(folder)
         if not self.tokenizer.chat_template:
-            raise Refusal(f"{folder}: its tokenizer has no chat template; take a checkpoint from mid-training on")
+            raise Refusal(
+                f"{folder}: its tokenizer has no chat template; take a checkpoint from mid-training on"
+            )
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.lm = model.load_model(folder, attn_implementation="sdpa").eval().to(device)  # pyright: ignore
 

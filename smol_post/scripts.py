@@ -36,6 +36,17 @@ class Candidate(NamedTuple):
     lengths: tuple[int, int] | None = None
 
 
+class Unit(NamedTuple):
+    """One prompt with what is to be asked of it, or why nothing is (`reason`)."""
+
+    source: str
+    row: int
+    mode: str | None
+    reason: str | None
+    prompt: Prompt | None = None
+    script: Callable[[], Script] | None = None
+
+
 def answer_of(reply: Mapping[str, Any]) -> Answer:
     """A line of the journal as what is judged; a request that failed has no text and no end."""
     return Answer(reply.get("text", ""), reply.get("ended", False), reply.get("tokens", 0))

@@ -74,7 +74,10 @@ class Server:
                         )
                     answer = read(made, request.prompt.mode)
                 except openai.APIStatusError as error:
-                    status, reason = error.status_code, f"status {error.status_code}: {self._plain(error.message)}"
+                    status, reason = (
+                        error.status_code,
+                        f"status {error.status_code}: {self._plain(error.message)}",
+                    )
                     if status in HOPELESS:
                         raise Failure(f"{self._where()}: {reason}; mend model, address or key") from None
                     if status < 500 and status not in RETRIED:
@@ -162,7 +165,11 @@ def read(made: Any, mode: str) -> dict[str, Any]:
     message, finish = choices[0].message, choices[0].finish_reason
     thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
     content = message.content or ""
-    calls = [(one.function.name, one.function.arguments) for one in message.tool_calls or [] if one.type == "function"]
+    calls = [
+        (one.function.name, one.function.arguments)
+        for one in message.tool_calls or []
+        if one.type == "function"
+    ]
     text = "\n".join(filter(None, [content.strip(), called(calls)]))
     text = with_thought(text, thought if isinstance(thought, str) else None, mode)
     usage = made.usage

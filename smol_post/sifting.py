@@ -19,7 +19,7 @@ from smol_post import manifest
 from smol_post.asking import Prompt
 from smol_post.generate_config import Generation
 from smol_post.messages import REASONING_KEYS, function_of
-from smol_post.scripts import Candidate
+from smol_post.scripts import Candidate, Unit
 
 KEPT = "kept"
 ROWS, LEDGER, COUNTS = "rows", "ledger.jsonl", "ledger.json"
@@ -61,9 +61,12 @@ class Sift:
         """Whether num_rows are there."""
         return self.recipe.num_rows is not None and self.num_rows >= self.recipe.num_rows
 
-    def skip(self, source: str, row: int, mode: str | None, reason: str) -> None:
+    def skip(self, unit: Unit) -> None:
         """Count a prompt that is not asked."""
-        self._count({"ids": [], "source": source, "row": row, "mode": mode, "tokens": 0}, reason)
+        if unit.prompt is not None and (suite := self._find(said(unit.prompt))):
+            self.suites[suite] += 1
+        entry = {"ids": [], "source": unit.source, "row": unit.row, "mode": unit.mode, "tokens": 0}
+        self._count(entry, str(unit.reason))
 
     def take(self, prompt: Prompt, candidates: Iterable[Candidate]) -> None:
         """Judge the candidates of one prompt."""
