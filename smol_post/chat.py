@@ -66,11 +66,12 @@ class EncodedPair:
 
 
 class _Chat(NamedTuple):
-    """What a template is given of a row."""
+    """What a template is given of a row; the assistant turns `untrained` had weight 0."""
 
     messages: Messages
     variables: dict[str, Any]
     mode: Label
+    untrained: tuple[int, ...] = ()
 
 
 class _How(NamedTuple):
@@ -136,6 +137,7 @@ def encode_chats(
 
     Raises ValueError: what `clean_row` and the template refuse, no mode, text that the template loses, no
     assistant turn, an answer that begins elsewhere than generation would, a token across a span's border.
+    A turn of weight 0 is rendered as any other, and carries no loss: it need not be what the mode would give.
     """
     how = _how(tokenizer, template, date_string, mode)
     chats = [_chat(*clean_row(row), how) for row in rows]
@@ -143,12 +145,17 @@ def encode_chats(
     if loss_on == "assistant":
         for chat, (text, spans) in zip(chats, rendered, strict=True):
             turns, prompt = _assistant_turns(chat, spans), _generation_prompt(how, chat.mode)
+            if chat.untrained:
+                kept = [at for at, i in enumerate(turns) if i not in chat.untrained]
+                turns, spans[:] = [turns[at] for at in kept], [spans[at] for at in kept]
             for i, (start, _) in zip(turns, spans, strict=True):
                 if not text.endswith(prompt, 0, start):
                     raise ValueError(
                         f"messages[{i}] (assistant): the answer begins {short(text[start:])} before "
                         f"generation would: in mode {chat.mode} it begins after {prompt!r}"
                     )
+    elif any(chat.untrained for chat in chats):
+        raise ValueError("weight: loss_on: all trains every token, the row has turns of weight 0; drop one")
     encoded = encode(rendered, tokenizer)
     return [
         EncodedRow(ids, [(0, len(ids))] if loss_on == "all" else trained, chat.mode, text)
@@ -231,7 +238,7 @@ def prefix_mask(
 
     whole, turns = render(len(chat.messages)), []
     for i, message in enumerate(chat.messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and i not in chat.untrained:
             before, turn = render(i, prompt=True), render(i + 1)
             turn = turn[: turn.rfind(END_OF_TURN) + len(END_OF_TURN)]
             if not (whole.startswith(before) and whole.startswith(turn)):
@@ -301,14 +308,15 @@ def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
 def _chat(messages: Messages, variables: dict[str, Any], how: _How) -> _Chat:
     """The chat with its mode, which the template is told; ValueError where it wants one and there is none."""
     mode = mode_of(messages, variables, how.mode)
+    untrained = tuple(i for i, message in enumerate(messages) if message.pop("weight", 1) == 0)
     if mode is not None:
-        return _Chat(messages, {**variables, "enable_thinking": mode == "think"}, mode)
+        return _Chat(messages, {**variables, "enable_thinking": mode == "think"}, mode, untrained)
     if "enable_thinking" in how.template:
         raise ValueError(
             "the row has no mode: give the row enable_thinking, or its system message the flag /think or "
             "/no_think, or set `mode:` of the source"
         )
-    return _Chat(messages, variables, "text")
+    return _Chat(messages, variables, "text", untrained)
 
 
 def _render(chats: Sequence[_Chat], how: _How, prompt: bool = False) -> list[tuple[str, Intervals]]:
@@ -405,6 +413,8 @@ def _assistant_turns(chat: _Chat, spans: Intervals) -> list[int]:
     turns = [i for i, role in enumerate(roles) if role == "assistant"]
     if not turns:
         raise ValueError(f"no assistant turn to train on: the roles are {', '.join(roles)}")
+    if len(turns) == len(chat.untrained):
+        raise ValueError("no assistant turn to train on: each has weight 0")
     if len(spans) != len(turns):
         found = f"the chat template marks {len(spans)} of {len(turns)} assistant turns"
         raise ValueError(f"{found}: wanted {{% generation %}} around each")

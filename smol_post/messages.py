@@ -49,6 +49,8 @@ def _clean_messages(messages: Any, where: str) -> Messages:
         if not isinstance(message["role"], str):
             raise ValueError(f"{where}[{i}]: role: wanted text, found {short(message['role'])}")
         here = f"{where}[{i}] ({message['role']})"
+        if "weight" in message:
+            _check_weight(message, here)
         if message.get("tool_calls", []) != []:
             message["tool_calls"] = _clean_calls(message["tool_calls"], f"{here}: tool_calls")
         elif "content" not in message:
@@ -58,6 +60,16 @@ def _clean_messages(messages: Any, where: str) -> Messages:
                 _check_text(message[key], here, key)
         cleaned.append(message)
     return cleaned
+
+
+def _check_weight(message: dict[str, Any], here: str) -> None:
+    """OpenAI's key of fine-tuning rows: 0 for a turn that carries no loss; 1, as any turn has it, goes."""
+    if message["role"] != "assistant":
+        raise ValueError(f"{here}: weight: only turns of the assistant have one; remove it")
+    if isinstance(message["weight"], bool) or message["weight"] not in (0, 1):
+        raise ValueError(f"{here}: weight: wanted 0 or 1, found {short(message['weight'])}")
+    if message["weight"] == 1:
+        del message["weight"]
 
 
 def _clean_calls(calls: Any, where: str) -> list[dict[str, Any]]:
@@ -152,6 +164,8 @@ def split_pair(row: Row) -> tuple[Messages, dict[str, Any], dict[str, Any]]:
     if chosen == rejected:
         raise ValueError("chosen and rejected are equal")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if any("weight" in message for message in answer):
+            raise ValueError(f"{name}: weight 0: a pair is judged by its answers; remove it")
         if [message["role"] for message in answer] != ["assistant"]:
             found = ", ".join(message["role"] for message in answer) or "nothing"
             raise ValueError(f"{name}: wanted one assistant turn after the shared prompt, found {found}")

@@ -888,12 +888,85 @@ def test_a_template_that_rewrites_earlier_turns_has_no_prefix_mask() -> None:
         prefix_mask(row, tokenizer(), date_string=DATE, template=template)
 
 
+# Turns of weight 0
+
+
+def trained_text(row: chat.EncodedRow) -> str:
+    return tokenizer().decode(
+        [token for token, bit in zip(row.input_ids, row.train_mask, strict=True) if bit]
+    )
+
+
+@both_modes
+@pytest.mark.parametrize("template", ["smol_post", "chatml"])
+@pytest.mark.parametrize("trim_offsets", [True, False])
+def test_a_turn_of_weight_0_is_rendered_the_same_and_carries_no_loss(
+    thinking: bool, template: str, trim_offsets: bool
+) -> None:
+    how: Any = {"date_string": DATE, "template": load_template(template)}
+    vocabulary = tokenizer(trim_offsets=trim_offsets)
+    turns = [[*HI, say("assistant", word)] for word in ("Yo", "Ja", "Si")]
+    row = {"messages": [one for turn in turns for one in turn], "enable_thinking": thinking}
+    whole = encode_chat(row, vocabulary, **how)
+    for weights in ([0, 0, 1], [0, 1, 0], [1, 0, None], [0.0, 1.0, 0.0]):
+        for (_, turn), weight in zip(turns, weights, strict=True):
+            turn["weight"] = weight
+        before, encoded = copy.deepcopy(row), encode_chat(row, vocabulary, **how)
+        assert (encoded.input_ids, encoded.text) == (whole.input_ids, whole.text)
+        said = [turn["content"] for (_, turn) in turns if turn["weight"] != 0]
+        assert trained_text(encoded) == "".join(f"{word}<|im_end|>" for word in said)
+        assert prefix_mask(row, vocabulary, **how) == encoded.train_mask
+        assert row == before
+
+
+def test_a_row_with_a_turn_of_weight_0_changes_nothing_of_its_batch() -> None:
+    weighed = {"messages": [*HI, YO | {"weight": 0}, *HI, YO], "enable_thinking": True}
+    rows = [{"messages": [*HI, YO], "enable_thinking": True}, weighed] * 2
+    assert encode_chats(rows, tokenizer(), date_string=DATE) == [
+        encode_chat(row, tokenizer(), date_string=DATE) for row in rows
+    ]
+
+
+def test_weight_1_is_what_a_turn_has_without_one() -> None:
+    for weight in (1, 1.0, None):
+        assert encode([*HI, YO | {"weight": weight}]) == encode([*HI, YO])
+
+
+@both_modes
+def test_a_live_switch_of_modes_is_a_row_that_trains_its_last_turn(thinking: bool) -> None:
+    """Earlier turns were said in the other mode, which a trained turn could not be."""
+    thought = say("assistant", "<think>\nHm\n</think>\nYo")
+    earlier, last = (YO, thought) if thinking else (thought, YO)
+    row = {"messages": [*HI, earlier | {"weight": 0}, *HI, last], "enable_thinking": thinking}
+    encoded = encode_chat(row, tokenizer(), date_string=DATE)
+    assert trained_text(encoded) == last["content"] + "<|im_end|>"
+    assert encoded.text.endswith(text_of([*HI, earlier, *HI, last], enable_thinking=thinking)[-60:])
+    check_masks([row], tokenizer(), date_string=DATE)
+
+
+def test_a_pair_may_say_that_its_prompt_is_not_trained() -> None:
+    prompt = [*HI, YO, *HI]
+    pair = {"prompt": prompt, "chosen": [YO], "rejected": [say("assistant", "Ja")], "enable_thinking": True}
+    weighed = pair | {"prompt": [*HI, YO | {"weight": 0}, *HI]}
+    assert encode_pair(weighed, tokenizer(), date_string=DATE) == encode_pair(
+        pair, tokenizer(), date_string=DATE
+    )
+
+
 # Errors
 
 
 def test_a_row_with_nobody_to_train_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^no assistant turn to train on: the roles are user$"):
         encode(HI)
+    with pytest.raises(ValueError, match=r"^no assistant turn to train on: each has weight 0$"):
+        encode([*HI, YO | {"weight": 0}])
+
+
+def test_a_weight_where_every_token_is_trained_is_refused() -> None:
+    row = {"messages": [*HI, YO | {"weight": 0}, *HI, YO], "enable_thinking": True}
+    with pytest.raises(ValueError, match=r"^weight: loss_on: all trains every token, the row has turns of"):
+        encode_chat(row, tokenizer(), date_string=DATE, loss_on="all")
 
 
 def test_a_token_across_the_border_of_a_trained_span_is_refused() -> None:
@@ -1046,6 +1119,14 @@ YO = say("assistant", "Yo")
         ({"messages": calling('{"x": NaN}')}, "tool_calls: not JSON .Out of range float"),
         ({"messages": calling({"x": float("nan")})}, "tool_calls: not JSON .Out of range float"),
         ({"messages": calling({"x": datetime.date(2026, 1, 1)})}, "tool_calls: not JSON .*date"),
+        ({"messages": [*HI, YO | {"weight": 2}]}, r"^messages\[1\] .*: weight: wanted 0 or 1, found 2$"),
+        ({"messages": [*HI, YO | {"weight": False}]}, "weight: wanted 0 or 1, found False$"),
+        ({"messages": [*HI, YO | {"weight": "0"}]}, "weight: wanted 0 or 1, found '0'$"),
+        ({"messages": [*HI, YO | {"weight": float("nan")}]}, "weight: wanted 0 or 1, found nan$"),
+        (
+            {"messages": [HI[0] | {"weight": 0}, YO]},
+            r"^messages\[0\] \(user\): weight: only turns of the assis",
+        ),
         (ROW | {"xml_tools": ['{"x": NaN}']}, "^xml_tools: not JSON .Out of range float"),
         (ROW | {"chat_template_kwargs": {"enabel_thinking": True}}, "did you mean 'enable_thinking'"),
         (ROW | {"chat_template_kwargs": {"zzz": True}}, "unknown key 'zzz'; known are enable_thinking"),

@@ -474,6 +474,32 @@ def test_null_structs_of_a_table_are_named(encoder: Encoders, tmp_path: Path) ->
     ]
 
 
+@pytest.mark.parametrize("end", ["parquet", "jsonl"])
+def test_the_weight_of_a_turn_reaches_the_store_from_every_file(
+    encoder: Encoders, tmp_path: Path, end: str
+) -> None:
+    """A table has the column `weight` in every message: null where none was written."""
+    ask, answers = SAY[0], [{"role": "assistant", "content": word} for word in ("one", "two")]
+    rows = [
+        {"messages": [ask, answers[0] | {"weight": 0}, ask, answers[1]], "enable_thinking": False},
+        {"messages": [ask, answers[0], ask, answers[1]], "enable_thinking": False},
+    ]
+    table = datasets.Dataset.from_list(rows)
+    assert table[1]["messages"][1]["weight"] is None
+    table.to_parquet(tmp_path / "rows.parquet") if end == "parquet" else table.to_json(
+        tmp_path / "rows.jsonl"
+    )
+    (tmp_path / "store").mkdir()
+    tokenise(
+        Source(name="s", path=f"rows.{end}"), encoder(), folder=tmp_path, target=tmp_path / "store",
+        on_bad_rows="refuse",
+    )  # fmt: skip
+    (first, first_loss), (second, second_loss) = documents_of(Store(tmp_path / "store"))
+    assert first == second
+    said = [np.array(first)[np.array(loss)].tolist() for loss in (first_loss, second_loss)]
+    assert said[0] == said[1][len(said[1]) // 2 :]
+
+
 def test_a_source_of_no_rows_is_refused(build: Build) -> None:
     with pytest.raises(Refusal, match=r"'mine': rows\.jsonl: no rows to train on \(it is empty\); mend or"):
         build(b"")

@@ -157,6 +157,16 @@ def test_loss_is_shown_on_the_assistant_alone(prepare: Prepare, tokenizer: Any) 
         assert row.num_trained == sum(token.trained for token in row.tokens)
 
 
+def test_a_turn_of_weight_0_is_shown_without_loss(prepare: Prepare, tokenizer: Any, tmp_path: Path) -> None:
+    turns = [*CHATS[1]["messages"], *CHATS[3]["messages"]]
+    row = {"messages": [turns[0], turns[1] | {"weight": 0}, *turns[2:]], "enable_thinking": False}
+    (tmp_path / "weighed.jsonl").write_text(json.dumps(row) + "\n")
+    made = prepare(sources=[Source(name="weighed", path="weighed.jsonl")])
+    (shown,) = sample(made, tokenizer, num_rows=1, source="weighed")
+    assert text([token for token in shown.tokens if token.trained]) == "4<|im_end|>"
+    assert "2<|im_end|>" in text(shown.tokens)
+
+
 def test_only_the_packs_shown_are_read_and_shown_as_they_are_read(
     prepare: Prepare, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
