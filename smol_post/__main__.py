@@ -23,7 +23,7 @@ COMMANDS = {
     "export": "write a variant of a checkpoint for inference at a longer context, by YaRN",
     "plan": "what a pipeline will cost: updates, hours, memory, disk; no torch, nothing is run",
     "prepare": "tokenise and pack the data of a recipe's runs, and count it; no weights needed",
-    "generate": "make data by a teacher: reasoning traces, preference pairs or conversations of several turns",
+    "generate": "make data by a teacher: reasoning traces, preference pairs, conversations",
     "inspect": "show rows as the trainer gets them, token by token; no weights needed",
     "verify": "prove a run before step 1: masks, isolation, losses, precision, on its model and data",
     "check": "validate a recipe file or folder, without torch",

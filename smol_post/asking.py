@@ -1,10 +1,10 @@
-"""What a teacher is asked, and what its reply says: a row's prompt -> a request with an id -> a text with its thought.
+"""What a teacher is asked, and what its reply says: prompt -> request with an id -> text with its thought.
 
-    Prompt(messages=[user "2+3?"], mode="think")  ->  Request(id="5f0c...", body={"model": ..., "messages": ...})
+    Prompt(messages=[user "2+3?"], mode="think")  ->  Request(id="5f0c...", body={"model": ..., ...})
     {"reasoning_content": "2+3=5", "content": "5"}  ->  "<think>\\n2+3=5\\n</think>\\n5"
 
-A request's id is a digest of all that could change its answer, and of nothing else: where the server is, and how
-often it was tried, is no part of it.
+A request's id is a digest of all that could change its answer, and of nothing else: where the server is, and
+how often it was tried, is no part of it.
 """
 
 import json
@@ -61,8 +61,8 @@ def prompts(
 ) -> Iterator[Prompt | str]:
     """The prompts of a row, one a mode; in place of one that cannot be asked, why.
 
-    `own_mode`: only in the mode that the row is in, if the recipe has it. Raises ValueError where the row holds no
-    prompt.
+    `own_mode`: only in the mode that the row is in, if the recipe has it. Raises ValueError where the row
+    holds no prompt.
     """
     source = next(one for one in recipe.sources if one.name == name)
     messages, variables, own = _split(raw)
@@ -225,6 +225,7 @@ def key_of(teacher: Teacher, *, where: Path) -> str:
         return "none"
     if not (key := os.environ.get(teacher.api_key_env)):
         raise Refusal(
-            f"{where}: api_key_env: the environment has no {teacher.api_key_env}; export it, or leave the key out"
+            f"{where}: api_key_env: the environment has no {teacher.api_key_env}; export it, or "
+            "leave api_key_env out"
         )
     return key

@@ -4,8 +4,8 @@
 
     sources --prompts--> requests --ASK--> answers.jsonl --SIFT--> rows, ledger, card --> manifest.json
 
-Asking only adds to the journal, so a run that was killed goes on where it stood. Sifting is a function of journal
-and recipe: other filters sift anew and ask nothing. Both play the same scripts over the same prompts in order.
+Asking only adds to the journal, so a run that was killed goes on where it stood. Sifting is a function of
+journal and recipe: other filters sift anew and ask nothing. Both play the same scripts over the same prompts.
 """
 
 import asyncio
@@ -19,10 +19,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from smol_post import asking, disk, inputs, loading, locks, manifest, runner, scripts, sifting
+from smol_post import (
+    asking,
+    chat,
+    data_card,
+    disk,
+    inputs,
+    loading,
+    locks,
+    manifest,
+    runner,
+    scripts,
+    sifting,
+)
 from smol_post.asking import Prompt, Request
-from smol_post.config import Source
-from smol_post.generate_config import GENERATIONS, Generation, PairsRecipe
+from smol_post.config import Source, local_path
+from smol_post.generate_config import GENERATIONS, Generation, PairsRecipe, TurnsRecipe
 from smol_post.journal import JOURNAL, Journal
 from smol_post.launch import say
 from smol_post.messages import Messages
@@ -32,7 +44,6 @@ from smol_post.runner import EXIT_OK, refuse
 from smol_post.scripts import Candidate, Script, Unit
 from smol_post.sifting import Sift
 
-CARD = "README.md"
 HOPELESS_AFTER = 10  # requests that a server will not have, with none that it answered
 _SAY_EVERY = 30.0  # seconds between lines where there is no terminal
 
@@ -56,9 +67,40 @@ class Work:
         from smol_post import sources
 
         self.sources: list[tuple[Source, Any]] = [sources.pin(one, self.folder) for one in recipe.sources]
+        self.suites = self._suites()
+        self._check_kinds()
+
+    def _suites(self) -> Any:
+        """What finds the suite that a text is in, an index of n-grams; None where the recipe names none."""
+        if self.recipe.decontaminate is None:
+            return None
+        from smol_post import overlap
+
+        return overlap.Suites(self.recipe.decontaminate, self.folder)
+
+    def _check_kinds(self) -> None:
+        if isinstance(self.recipe, TurnsRecipe):
+            from smol_post.constraints import KINDS
+
+            for kind in self.recipe.turns.kinds:
+                if kind not in KINDS:
+                    hint = did_you_mean(kind, list(KINDS))
+                    raise Refusal(f"{self.job.recipe_file}: turns.kinds: '{kind}' is none we draw{hint}")
+
+    def find(self, text: str) -> str | None:
+        """The suite that a text is in, if any."""
+        return self.suites.find(text) if self.suites else None
+
+    def seen(self) -> Any:
+        """What remembers texts, from none on; None where copies are kept."""
+        if self.recipe.deduplicate is None:
+            return None
+        from smol_post import overlap
+
+        return overlap.Seen(self.recipe.deduplicate)
 
     def fingerprint(self) -> str:
-        """What decides the outcome, as one digest: recipe, data, checkpoints, version, what rows are kept out by."""
+        """What decides the outcome, as one digest: recipe, data, checkpoints, version, suites."""
         return manifest.digest_tree(
             [
                 inputs.fingerprint(self.job, list(self.parents.values())),
@@ -69,8 +111,11 @@ class Work:
 
     def _suites_digest(self) -> Any:
         one = self.recipe.decontaminate
-        named = [*one.suites, *one.paths] if one else []
-        return [manifest.digest_file(self.folder / path) for path in named]
+        found = [local_path(path, self.folder) for path in ([*one.suites, *one.paths] if one else [])]
+        for suite in found[: len(one.suites) if one else 0]:
+            inner: Any = loading.load_recipe(suite)
+            found += [Path(path) for path in inner.files()]
+        return [manifest.digest_file(path) for path in found]
 
     def num_prompts(self) -> int:
         """How many prompts there are, at most, in all modes."""
@@ -102,9 +147,11 @@ class Work:
         if isinstance(self.recipe, PairsRecipe):
             count = self.count() if self.recipe.strong is None else len
             return lambda prompt: scripts.pairs(self.recipe, prompt, self.ask, count)  # pyright: ignore
+        if isinstance(self.recipe, TurnsRecipe):
+            return lambda prompt: scripts.conversations(self.recipe, prompt, self.ask)  # pyright: ignore
         return lambda prompt: scripts.traces(self.recipe, prompt, self.ask)
 
-    def units(self, find: Callable[[str], str | None]) -> Iterator[Unit]:
+    def units(self) -> Iterator[Unit]:
         """Every prompt in every mode, in the order of sources, rows and modes; the same at every call."""
         from smol_post import sources
 
@@ -126,7 +173,7 @@ class Work:
                     yield Unit(source.name, raw.number, None, "bad_row")
                     continue
                 for mode, prompt in zip(self.recipe.modes, found, strict=True):
-                    reason = prompt if isinstance(prompt, str) else self._why_not(prompt, find, own_mode)
+                    reason = prompt if isinstance(prompt, str) else self._why_not(prompt, own_mode)
                     if isinstance(prompt, str):
                         yield Unit(source.name, raw.number, mode, reason)
                     elif reason:
@@ -134,12 +181,17 @@ class Work:
                     else:
                         yield Unit(source.name, raw.number, mode, None, prompt, partial(script, prompt))
 
-    def _why_not(self, prompt: Prompt, find: Callable[[str], str | None], own: bool) -> str | None:
+    def _why_not(self, prompt: Prompt, own: bool) -> str | None:
+        if isinstance(self.recipe, TurnsRecipe):
+            if chat.mode_of(prompt.messages, {}) is not None:
+                return "fixed_mode"
+            if prompt.messages[-1]["role"] != "user":
+                return "no_question"
         if own and prompt.own is None:
             return "no_answer"
         if reason := asking.unaskable(prompt, self.teachers):
             return reason
-        return "contaminated" if find(sifting.said(prompt)) else None
+        return "contaminated" if self.find(sifting.said(prompt)) else None
 
 
 def play(script: Script, look_up: Callable[[str], Mapping[str, Any]]) -> list[Candidate]:
@@ -155,11 +207,9 @@ def play(script: Script, look_up: Callable[[str], Mapping[str, Any]]) -> list[Ca
 class Asking:
     """The phase that fills the journal: whoever answers, each answer is written down at once."""
 
-    def __init__(
-        self, work: Work, journal: Journal, find: Callable[[str], str | None], progress: "Progress"
-    ) -> None:
-        """`find`: the suite that a prompt is in, which is then not asked."""
-        self.work, self.journal, self.find, self.progress = work, journal, find, progress
+    def __init__(self, work: Work, journal: Journal, progress: "Progress") -> None:
+        """Nothing is asked yet."""
+        self.work, self.journal, self.progress = work, journal, progress
         self._doubtful: list[dict[str, Any]] = []  # failed, before the server answered anything
         self._scout: Sift | None = None
 
@@ -171,7 +221,7 @@ class Asking:
             passes.insert(0, self._server_pass)
         for number, one in enumerate(passes, 1):
             if number == len(passes) and self.work.recipe.num_rows is not None:
-                self._scout = Sift(self.work.recipe, seen=judges(self.work)[1], find=self.find)
+                self._scout = Sift(self.work.recipe, seen=self.work.seen(), find=self.work.find)
             one()
 
     def _server_pass(self) -> None:
@@ -236,7 +286,7 @@ class Asking:
 
         try:
             async with asyncio.TaskGroup() as group:
-                for number, unit in enumerate(self.work.units(self.find)):
+                for number, unit in enumerate(self.work.units()):
                     await room.acquire()
                     if self._scout and self._scout.enough:
                         break
@@ -268,8 +318,8 @@ class Asking:
     def _keep(self, line: dict[str, Any], request: Request) -> None:
         """Write an answer down; a failure only once the server has answered something.
 
-        Failure where it will have nothing at all: what is wrong then is no request's own fault, and asking again
-        when it is mended must not find the requests done.
+        Failure where it will have nothing at all: what is wrong then is no request's own fault, and asking
+        again when it is mended must not find the requests done.
         """
         if "failed" in line and not self.journal.num_answered:
             self._doubtful.append(line)
@@ -285,8 +335,8 @@ class Asking:
         if self._doubtful and not self.journal.num_answered:
             first = self._doubtful[0]
             raise Failure(
-                f"{first['teacher']}: each of {len(self._doubtful)} requests was refused: {first['failed']}; mend the "
-                "recipe; nothing was written down of them"
+                f"{first['teacher']}: each of {len(self._doubtful)} requests was refused: {first['failed']}; "
+                "mend the recipe; nothing was written down of them"
             )
         for line in self._doubtful:
             self.journal.add(line)
@@ -297,7 +347,7 @@ class Asking:
         from smol_post.local_teacher import LocalTeacher
 
         teacher, loaded = self.work.teachers[name], None
-        units = self.work.units(self.find)
+        units = self.work.units()
         while batch := list(islice(units, teacher.batch_size)):
             if self._scout and self._scout.enough:
                 return
@@ -385,10 +435,8 @@ class Progress:
             self._said = time.monotonic()
             passed = self._said - self.started
             left = passed / self.num_requests * max(0, self._total - self.num_requests)
-            rate = self.num_requests / passed
-            say(
-                f"{self.num_requests:,} of {self._total:,}: {rate:.2f} rows/s, {self._rates()}, {left:,.0f} s to go"
-            )
+            pace = f"{self.num_requests / passed:.2f} rows/s, {self._rates()}, {left:,.0f} s to go"
+            say(f"{self.num_requests:,} of {self._total:,}: {pace}")
 
     def _rates(self) -> str:
         rate = self.tokens / max(1e-9, time.monotonic() - self.started)
@@ -457,15 +505,14 @@ def make(recipe: Generation, job: Job) -> int:
         started = time.monotonic()
         (out / manifest.MANIFEST).unlink(missing_ok=True)
         journal = Journal(out).open()
-        find, _ = judges(work)
         progress = Progress(work, _num_requests(work))
         progress.known(len(journal))
         try:
-            Asking(work, journal, find, progress).run()
+            Asking(work, journal, progress).run()
         finally:
             progress.close()
             journal.close()
-        summary = _sift(work, journal, find, out)
+        summary = _sift(work, journal, out)
         _finish(work, out, print_id, summary, progress, time.monotonic() - started)
         (out / locks.LOCK).unlink()
     return EXIT_OK
@@ -477,7 +524,7 @@ def _num_requests(work: Work) -> int:
 
 def _check_place(out: Path, recipe: Generation) -> None:
     """Refusal where the folder holds anything but what this kind of recipe makes."""
-    ours = {JOURNAL, locks.LOCK, manifest.MANIFEST, sifting.LEDGER, sifting.COUNTS, CARD}
+    ours = {JOURNAL, locks.LOCK, manifest.MANIFEST, sifting.LEDGER, sifting.COUNTS, data_card.NAME}
     found = {path.name for path in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
     alien = {
         name for name in found - ours if not name.startswith(f"{sifting.ROWS}.") and not name.endswith(".tmp")
@@ -497,25 +544,19 @@ def _as_it_was(out: Path, print_id: str) -> bool:
     )
 
 
-def judges(work: Work) -> tuple[Callable[[str], str | None], Any]:
-    """What finds the suite that a text is in, and what remembers texts."""
-    recipe = work.recipe
-    return (lambda text: None), None
-
-
-def _sift(work: Work, journal: Journal, find: Callable[[str], str | None], out: Path) -> dict[str, Any]:
-    """Write rows and ledger; what `ledger.json` says."""
+def _sift(work: Work, journal: Journal, out: Path) -> dict[str, Any]:
+    """Write rows, ledger and card; what `ledger.json` says."""
     rows = sifting.Rows(out, work.recipe.format, work.recipe.stage)  # pyright: ignore
     part = out / f"{sifting.LEDGER}.tmp"
     with part.open("w", encoding="utf-8") as ledger:
         sift = Sift(
             work.recipe,
-            seen=judges(work)[1],
-            find=find,
+            seen=work.seen(),
+            find=work.find,
             write=rows.write,
             note=lambda entry: ledger.write(json.dumps(entry) + "\n"),
         )
-        for unit in work.units(find):
+        for unit in work.units():
             if sift.enough:
                 break
             if unit.script is None:
@@ -530,7 +571,40 @@ def _sift(work: Work, journal: Journal, find: Callable[[str], str | None], out: 
     part.replace(out / sifting.LEDGER)
     summary = sift.summary()
     manifest.write_json(out / sifting.COUNTS, summary)
+    recipe = work.recipe.model_dump()
+    warning = sifting.length_warning(summary["length_gap"])
+    data_card.write(
+        out,
+        {
+            "name": work.job.name,
+            "stage": recipe["stage"],
+            "file": path.name,
+            "recipe": recipe,
+            "sources": {one.name: _origin(one, pinned) for one, pinned in work.sources},
+            "ledger": summary,
+            "warnings": [warning] if warning else [],
+            "versions": manifest.versions(),
+            "example": sift.example,
+            "teachers": {name: _about(work, name) for name in work.teachers},
+        },
+    )
     return summary
+
+
+def _origin(source: Source, pinned: Any) -> dict[str, Any]:
+    """Where the prompts of a source come from, for the card."""
+    known = {"path": source.path, "config": source.config, "split": source.split}
+    return known | {
+        "generator": source.generator,
+        "revision": pinned if isinstance(pinned, str) else None,
+        "digest": ", ".join(pinned) if isinstance(pinned, list) and len(pinned) == 1 else None,
+    }
+
+
+def _about(work: Work, name: str) -> dict[str, Any]:
+    """A teacher for the card: which it is and how it is asked."""
+    found = work.teachers[name].model_dump(exclude_none=True, exclude={"batch_size", "date_string"})
+    return found | ({"digest": work.parents[name].digest} if name in work.parents else {})
 
 
 def _finish(
@@ -539,7 +613,9 @@ def _finish(
     """Write the card, and the manifest last; say how it went."""
     recipe, job = work.recipe, work.job
     made = [
-        path for path in sorted(out.iterdir()) if path.name.startswith((f"{sifting.ROWS}.", "ledger.", CARD))
+        path
+        for path in sorted(out.iterdir())
+        if path.name.startswith((f"{sifting.ROWS}.", "ledger.", data_card.NAME))
     ]
     files = manifest.content_files(out)
     parents = [{"path": one.path, "digest": one.digest, "stage": one.stage} for one in work.parents.values()]
@@ -568,14 +644,14 @@ def _finish(
     )
     rejected = ", ".join(f"{number:,} {reason}" for reason, number in summary["rejected"].items())
     say(
-        f"{job.name}: {summary['rows']:,} rows of {summary['kept']:,} kept; left out: {rejected or 'none'}; asked "
-        f"{progress.num_requests:,} now, {progress.failed:,} failed, {progress.prompt_tokens:,} tokens in, "
+        f"{job.name}: {summary['rows']:,} rows of {summary['kept']:,} kept; left out: {rejected or 'none'}; "
+        f"asked {progress.num_requests:,} now, {progress.failed:,} failed, {progress.prompt_tokens:,} tokens in, "
         f"{progress.tokens:,} out, cost {progress.cost:,.2f}, {seconds:,.0f} s: {out}"
     )
     if gap := summary["length_gap"]:
         say(
-            f"{job.name}: length: chosen {gap['chosen_mean']:.1f} tokens (median {gap['chosen_median']:g}), rejected "
-            f"{gap['rejected_mean']:.1f} (median {gap['rejected_median']:g}), chosen longer in "
+            f"{job.name}: length: chosen {gap['chosen_mean']:.1f} tokens (median {gap['chosen_median']:g}), "
+            f"rejected {gap['rejected_mean']:.1f} (median {gap['rejected_median']:g}), chosen longer in "
             f"{gap['chosen_longer']:.0%}, AUC {gap['auc']:.2f}"
         )
     if warning := sifting.length_warning(gap):

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, model_validator
 
 from smol_post.config import PathText, Seed, Source, Strict
-from smol_post.judging_config import Check, Decontaminate, Deduplicate, Limits
+from smol_post.judging_config import Check, Decontaminate, Deduplicate, Limits, Turns
 from smol_post.refusal import describe, did_you_mean
 
 Mode = Literal["think", "no_think"]
@@ -55,9 +55,9 @@ class Teacher(Strict):
     checkpoint: as a parent of a pipeline, a run beside the output (../sft), an absolute folder or a Hub id.
     temperature 0 is greedy. seed: sent with each request, plus the number of the sample; null: not sent.
     mode_by: how a server is told the mode: `kwargs`, chat_template_kwargs.enable_thinking, as vLLM, SGLang,
-    llama.cpp and transformers take it; `system`, /think or /no_think in the system message; `none`, not at all.
-    api_key_env: the name of the environment variable that holds the key. give_up_seconds: how long nothing but
-    failures is borne. price_...: of a million tokens, in any currency, for the bill of the summary.
+    llama.cpp and transformers take it; `system`, /think or /no_think in the system message; `none`.
+    api_key_env: the name of the environment variable that holds the key. give_up_seconds: how long nothing
+    but failures is borne. price_...: of a million tokens, in any currency, for the bill of the summary.
     """
 
     base_url: Annotated[str, AfterValidator(_a_url)] | None = Field(default=None, exclude=True)
@@ -71,7 +71,7 @@ class Teacher(Strict):
     think: Sampling | None = None
     no_think: Sampling | None = None
     mode_by: Literal["kwargs", "system", "none"] = "kwargs"
-    extra_body: Body = {}
+    extra_body: Body = Field(default={})
     api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,99}$", exclude=True)
     concurrency: int = Field(default=16, gt=0, le=1000, exclude=True)
     timeout_seconds: float = Field(default=1800.0, gt=0, exclude=True)
@@ -122,7 +122,7 @@ class Generation(Strict):
     max_kept: int | None = Field(default=None, gt=0)
     num_rows: int | None = Field(default=None, gt=0)
     filters: Limits = Limits()
-    checks: dict[str, Check] = {}
+    checks: dict[str, Check] = Field(default={})
     deduplicate: Deduplicate | None = Deduplicate()
     decontaminate: Decontaminate | None = None
     format: Literal["jsonl", "parquet"] = "parquet"
@@ -146,8 +146,8 @@ class Generation(Strict):
             for mode in self.modes:
                 if self.num_samples > 1 and teacher.sampling(mode)["temperature"] == 0:
                     raise ValueError(
-                        f"num_samples: {name} is greedy in mode {mode} (temperature 0), so all samples would be "
-                        "alike; give a temperature, or one sample"
+                        f"num_samples: {name} is greedy in mode {mode} (temperature 0), so all samples would "
+                        "be alike; give a temperature, or one sample"
                     )
         return self
 
@@ -174,15 +174,19 @@ class PairsRecipe(Generation):
     modes: list[Mode] = Field(default=["think", "no_think"], min_length=1, max_length=2)
     strong: Teacher | None = None
     weak: Teacher
-    rejected_may_be: list[Literal["unfinished", "wrong_mode", "too_long", "repetition"]] = []
+    rejected_may_be: list[Literal["unfinished", "wrong_mode", "too_long", "repetition"]] = Field(default=[])
 
 
 class TurnsRecipe(Generation):
-    """Conversations: each prompt goes on for several turns, modes switching and constraints adding up."""
+    """Conversations: each prompt goes on for several turns, modes switching and constraints adding up.
+
+    modes: of the first turn; a prompt begins a conversation in each.
+    """
 
     stage: Literal["turns"]
     modes: list[Mode] = Field(default=["think", "no_think"], min_length=1, max_length=2)
     teacher: Teacher
+    turns: Turns = Turns()
 
 
 GENERATIONS: dict[str, type[Strict]] = {"traces": TracesRecipe, "pairs": PairsRecipe, "turns": TurnsRecipe}

@@ -86,3 +86,14 @@ class Deduplicate(Strict):
     n: int = Field(default=5, gt=0, le=100)
     num_buckets: int = Field(default=14, gt=0, le=256)
     hashes_a_bucket: int = Field(default=8, gt=0, le=64)
+
+
+class Turns(Strict):
+    """How conversations go on. switch_share: chance that a turn is in the other mode than the one before.
+
+    kinds: of constraints, by lm-eval's names; none given: all that we draw.
+    """
+
+    num_turns: int = Field(default=3, ge=1, le=20)  # Multi-IF's three
+    switch_share: float = Field(default=0.5, ge=0, le=1)
+    kinds: list[str] = Field(default=[])

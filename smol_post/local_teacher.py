@@ -30,7 +30,7 @@ class LocalTeacher:
         self.lm = model.load_model(folder, attn_implementation="sdpa").eval().to(device)  # pyright: ignore
 
     def ask(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
-        """The answers to a batch; drawn from a seed of the batch, so that the same batch is answered alike."""
+        """The answers to a batch; drawn from a seed of its own: the same batch is answered alike."""
         found: dict[int, dict[str, Any]] = {}
         for mode in ("think", "no_think"):
             rows = [at for at, one in enumerate(requests) if one.prompt.mode == mode]

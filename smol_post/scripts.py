@@ -1,17 +1,21 @@
 """What a prompt is asked, wave after wave, and what comes of the answers: traces, pairs, conversations.
 
-    Script of traces with num_samples: 2     yields [Request, Request], is sent two answers, returns two Candidates
+    traces with num_samples: 2     yields [Request, Request], is sent two answers, returns two Candidates
 
-A script is a function of recipe, prompt and answers, so asking and sifting play the very same one: the first with
-a teacher, the second with the journal.
+A script is a function of recipe, prompt and answers, so asking and sifting play the very same one: the first
+with a teacher, the second with the journal.
 """
 
+import random
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
+from smol_post import turns
 from smol_post.asking import Prompt, Request
-from smol_post.generate_config import Generation, PairsRecipe
-from smol_post.judging import Answer, make_check, reject, reject_pair
+from smol_post.generate_config import Generation, PairsRecipe, TurnsRecipe
+from smol_post.judging import END_THINK, Answer, make_check, reject, reject_pair
+from smol_post.messages import Messages
 
 Script = Generator[list[Request], list[Mapping[str, Any]], "list[Candidate]"]
 
@@ -19,8 +23,10 @@ Script = Generator[list[Request], list[Mapping[str, Any]], "list[Candidate]"]
 class Ask(Protocol):
     """Make a request of a teacher of the recipe."""
 
-    def __call__(self, teacher: str, prompt: Prompt, sample: int, **how: Any) -> Request:
-        """The request for one sample of a prompt."""
+    def __call__(
+        self, teacher: str, prompt: Prompt, sample: int, *, messages: Messages | None = None
+    ) -> Request:
+        """The request for one sample of a prompt, or of a later turn with these messages."""
         ...
 
 
@@ -73,8 +79,8 @@ def traces(recipe: Generation, prompt: Prompt, ask: Ask) -> Script:
 def pairs(recipe: PairsRecipe, prompt: Prompt, ask: Ask, count: Callable[[str], int]) -> Script:
     """Samples of strong and weak, the first with the first; the row's own answer where there is no strong.
 
-    count: tokens of a text, for answers of the row, beside which the weak ones are counted alike. Where a source
-    has a check, chosen is right and rejected is not.
+    count: tokens of a text, for answers of the row, beside which the weak ones are counted alike. Where a
+    source has a check, chosen is right and rejected is not.
     """
     numbers = range(recipe.num_samples)
     weak = [ask("weak", prompt, sample) for sample in numbers]
@@ -119,6 +125,45 @@ def _of_pair(
     if check is not None and fault is None:
         return "both_right"
     return reject_pair(chosen, rejected, limits=recipe.filters)
+
+
+def conversations(recipe: TurnsRecipe, prompt: Prompt, ask: Ask) -> Script:
+    """One conversation a sample, turn after turn; it ends with the first answer that is left out.
+
+    The teacher is told its earlier answers without their thoughts, unless it is a checkpoint, whose template
+    decides.
+    """
+    found = []
+    check = _check(recipe, prompt)
+    for sample in range(recipe.num_samples):
+        rng = random.Random(f"{recipe.seed} {prompt.source} {prompt.row} {prompt.mode} {sample}")
+        planned = turns.plan(rng, prompt.messages, recipe.turns, first=prompt.mode)
+        told, answers, ids = prompt.messages[:-1], list[Answer](), list[str]()
+        reason = None
+        for turn in planned:
+            told = [*told, {"role": "user", "content": turn.user}]
+            one = ask("teacher", replace(prompt, mode=turn.mode), sample, messages=told)
+            (reply,) = yield [one]
+            ids.append(one.id)
+            answers.append(answer_of(reply))
+
+            def holds(text: str, turn: turns.Turn = turn) -> bool:
+                return turn.holds(text) and (check is None or check(text))
+
+            reason = "failed" if "failed" in reply else None
+            reason = reason or reject(answers[-1], mode=turn.mode, limits=recipe.filters, check=holds)
+            if reason:
+                break
+            text = answers[-1].text
+            if recipe.teacher.checkpoint is None:
+                text = text.rpartition(END_THINK)[2].lstrip()
+            told = [*told, {"role": "assistant", "content": text}]
+        texts = [one.text for one in answers]
+        columns = {"chat_template_kwargs": prompt.kwargs(), "source": prompt.source}
+        rows = () if reason else tuple(turns.rows(prompt.messages, planned, texts, **columns))
+        tokens = sum(one.num_tokens for one in answers)
+        found.append(Candidate(ids, sample, reason, tokens, "\n".join(texts), rows))
+    return found
 
 
 def _check(recipe: Generation, prompt: Prompt) -> Callable[[str], bool] | None:

@@ -1,8 +1,8 @@
-"""A teacher behind an OpenAI-compatible server: bounded concurrency, rate limits, retries, and when to give up.
+"""A teacher behind an OpenAI-compatible server: bounded concurrency, rate limits, retries, giving up.
 
-    connection errors, time-outs, 408, 409, 425, 429, 5xx    again, after 1, 2, 4 ... 60 s or as Retry-After says
-    401, 403, 404                                      no use: the whole run ends, in one line
-    other 4xx                                                of one request: its answer is that it failed
+    connection errors, time-outs, 408, 409, 425, 429, 5xx   again, after 1, 2, 4 ... 60 s, or Retry-After
+    401, 403, 404                                           no use: the whole run ends, in one line
+    other 4xx                                               of one request: its answer is that it failed
 
 Nothing but failures for `give_up_seconds` ends the run as well; what was answered is in the journal.
 """
@@ -102,7 +102,7 @@ class Server:
                     return {"failed": failed}
 
     async def _wait(self, reason: str, wait: float, *, tries: int, first: float) -> str | None:
-        """Wait before the next try; why there is to be none for this request; Failure where for no request."""
+        """Wait for the next try; why there is to be none for this request; Failure where for no request."""
         now, patience = time.monotonic(), self.teacher.give_up_seconds
         self._failing_since = self._failing_since or now
         backoff = min(self.teacher.backoff_seconds * 2 ** (tries - 1), LONGEST_WAIT) * random.uniform(0.75, 1)
@@ -110,8 +110,8 @@ class Server:
         if left <= 0 or wait > left:
             asked = f"; it asks to wait {wait:.0f} s" if wait else ""
             raise Failure(
-                f"{self._where()}: nothing but failures for {now - self._failing_since:.0f} s ({reason}){asked}; what "
-                "was answered is kept, the same command goes on from there"
+                f"{self._where()}: nothing but failures for {now - self._failing_since:.0f} s ({reason}){asked}; "
+                "what was answered is kept, the same command goes on from there"
             )
         if now - first > patience and tries >= _FEW_TRIES:
             return f"given up after {tries} tries, while others were answered: {reason}"

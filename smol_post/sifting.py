@@ -1,7 +1,7 @@
 """What is kept of the answers: candidates in order -> rows, a ledger with a reason for each, and counts.
 
     rows.parquet     what the mixtures read
-    ledger.jsonl     {"ids": ["5f0c..."], "source": "gsm8k", "row": 7, "mode": "think", ..., "verdict": "too_long"}
+    ledger.jsonl     {"ids": ["5f0c..."], "source": "gsm8k", "row": 7, ..., "verdict": "too_long"}
     ledger.json      counts by source and reason, tokens, the length gap of pairs
 
 A function of journal and recipe: the order in which answers came in is no part of it.
@@ -47,7 +47,7 @@ class Sift:
         write: Callable[[dict[str, Any]], object] = lambda row: None,
         note: Callable[[dict[str, Any]], object] = lambda entry: None,
     ) -> None:
-        """`find`: the suite that a text is in; `write` is given every row that is kept, `note` every verdict."""
+        """`find`: the suite that a text is in; `write` is given every row kept, `note` every verdict."""
         self.recipe, self._seen, self._find, self._write, self._note = recipe, seen, find, write, note
         self.num_rows = 0
         self.counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -55,6 +55,7 @@ class Sift:
         self.kept_modes: Counter[str] = Counter()
         self.tokens: Counter[str] = Counter()  # of kept candidates, and of all
         self.lengths: list[tuple[int, int]] = []
+        self.example: dict[str, Any] = {}  # the first row
 
     @property
     def enough(self) -> bool:
@@ -81,6 +82,7 @@ class Sift:
             self._count(entry, reason or KEPT)
             if reason is None:
                 for row in one.rows:
+                    self.example = self.example or clean(row)
                     self._write(clean(row))
                 self.num_rows += len(one.rows)
                 self.kept_modes[prompt.mode] += 1
@@ -125,8 +127,8 @@ def said(prompt: Prompt) -> str:
 def length_gap(lengths: Sequence[tuple[int, int]]) -> dict[str, float]:
     """How the lengths of chosen and rejected answers, in tokens, differ.
 
-    auc: how often a chosen answer drawn at random is longer than a rejected one drawn at random, ties counted as
-    half (Mann and Whitney, 1947): 0.5 says nothing, and towards 1 or 0 length alone tells them apart.
+    auc: how often a chosen answer drawn at random is longer than a rejected one drawn at random, ties counted
+    as half (Mann and Whitney, 1947): 0.5 says nothing, and towards 1 or 0 length alone tells them apart.
 
     >>> gap = length_gap([(4, 2), (3, 3), (9, 1)])
     >>> gap["chosen_mean"], gap["rejected_median"], gap["chosen_longer"], gap["auc"]
@@ -152,8 +154,8 @@ def length_warning(gap: dict[str, float] | None) -> str | None:
     which = "longer" if gap["auc"] > 0.5 else "shorter"
     return (
         f"length alone tells chosen from rejected (AUC {gap['auc']:.2f}): chosen answers are {which}, "
-        f"{gap['chosen_mean']:.0f} tokens against {gap['rejected_mean']:.0f} in the mean; a model may learn that "
-        "and nothing else; set filters.max_length_ratio"
+        f"{gap['chosen_mean']:.0f} tokens against {gap['rejected_mean']:.0f} in the mean; a model may learn "
+        "that and nothing else; set filters.max_length_ratio"
     )
 
 

@@ -12,12 +12,10 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
-
 from smol_post import constraints
 from smol_post.chat import mode_of
-from smol_post.config import Strict
 from smol_post.constraints import KINDS, Constraint
+from smol_post.judging_config import Turns
 
 Mode = Literal["think", "no_think"]
 AGAIN = (
@@ -25,17 +23,6 @@ AGAIN = (
     "Now answer again, and keep to all that I asked before.",
     "One thing more for the same answer; what I asked so far stays.",
 )
-
-
-class Turns(Strict):
-    """How conversations go on. switch_share: chance that a turn is in the other mode than the one before.
-
-    kinds: of constraints, by lm-eval's names.
-    """
-
-    num_turns: int = Field(default=3, ge=1, le=20)  # Multi-IF's three
-    switch_share: float = Field(default=0.5, ge=0, le=1)
-    kinds: list[str] = Field(default=list(KINDS), min_length=1)
 
 
 class Turn(NamedTuple):
@@ -69,7 +56,7 @@ def plan(
     for number in range(options.num_turns):
         if number and rng.random() < options.switch_share:
             mode = "no_think" if mode == "think" else "think"
-        drawn = constraints.draw(rng, kinds=options.kinds, so_far=so_far)
+        drawn = constraints.draw(rng, kinds=options.kinds or list(KINDS), so_far=so_far)
         if drawn is None:
             break
         so_far = (*so_far, drawn)

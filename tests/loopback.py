@@ -1,4 +1,4 @@
-"""A server of chat completions on loopback, whose answers follow from the request and whose faults are told to it.
+"""A server of chat completions on loopback: answers follow from the request, faults are told to it.
 
     with Loopback(answer=lambda body: "5", faults=["503", "reset"]) as server: ...server.url...
 
@@ -93,7 +93,11 @@ class _Handler(BaseHTTPRequestHandler):
             said = self.server.answer(body)
             message = said if isinstance(said, dict) else {"content": said}
             finish = message.pop("finish_reason", "stop")
-            usage = {"prompt_tokens": 7, "completion_tokens": len(str(said)), "total_tokens": 7 + len(str(said))}
+            usage = {
+                "prompt_tokens": 7,
+                "completion_tokens": len(str(said)),
+                "total_tokens": 7 + len(str(said)),
+            }
             choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish}
             whole = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"],
                      "choices": [choice], "usage": usage}  # fmt: skip

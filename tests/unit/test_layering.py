@@ -25,6 +25,7 @@ LAYERS = [
         "locks",
         "disk",
         "judging_config",
+        "generate_config",
     },
     {
         "launch",
@@ -44,6 +45,11 @@ LAYERS = [
         "launch_files",
         "costs",
         "judging",
+        "asking",
+        "journal",
+        "scripts",
+        "servers",
+        "sifting",
         "constraints",
         "turns",
         "data_card",
@@ -76,9 +82,10 @@ LAYERS = [
         "harness",
         "trl_fields",
         "overlap",
+        "local_teacher",
     },
     STAGES | {"export"},
-    {"commands", "preparation", "verify", "budget"},
+    {"commands", "preparation", "verify", "budget", "generate"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
