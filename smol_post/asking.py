@@ -58,11 +58,11 @@ class Request:
 
 def prompts(
     recipe: Generation, name: str, number: int, raw: Mapping[str, Any], *, own_mode: bool = False
-) -> Iterator[Prompt | str]:
-    """The prompts of a row, one a mode; in place of one that cannot be asked, why.
+) -> Iterator[tuple[Mode, Prompt | None]]:
+    """The prompts of a row, by mode; None where the row fixes the other mode.
 
-    `own_mode`: only in the mode that the row is in, if the recipe has it. Raises ValueError where the row
-    holds no prompt.
+    `own_mode`: only in the mode that the row is in, None if the recipe does not have it. Raises ValueError
+    where the row holds no prompt.
     """
     source = next(one for one in recipe.sources if one.name == name)
     messages, variables, own = _split(raw)
@@ -71,11 +71,9 @@ def prompts(
     if own_mode and own_kind is None:
         raise ValueError("the row names no mode; give its source one (mode: think or no_think)")
     variables.pop("enable_thinking", None)
-    for mode in recipe.modes:
-        if (own_mode and mode != own_kind) or flagged not in (None, mode):
-            yield "other_mode"
-        else:
-            yield Prompt(name, number, mode, messages, variables, own, raw)
+    for mode in [own_kind] if own_mode and own_kind else recipe.modes:
+        fits = mode in recipe.modes and flagged in (None, mode)
+        yield mode, Prompt(name, number, mode, messages, variables, own, raw) if fits else None
 
 
 def _split(raw: Mapping[str, Any]) -> tuple[Messages, dict[str, Any], str | None]:

@@ -125,7 +125,12 @@ class Work:
         for source, _ in self.sources:
             span = sources.spans(source, folder=self.folder, num_shards=1)[0]
             total += span.num_rows * source.keep_fraction
-        return round(total) * len(self.recipe.modes)
+        return round(total) * (1 if self.own_mode else len(self.recipe.modes))
+
+    @property
+    def own_mode(self) -> bool:
+        """Whether rows are asked in their own mode, since their own answers are chosen."""
+        return isinstance(self.recipe, PairsRecipe) and self.recipe.strong is None
 
     def ask(self, teacher: str, prompt: Prompt, sample: int, *, messages: Messages | None = None) -> Request:
         """A request of one of the teachers."""
@@ -145,7 +150,7 @@ class Work:
     def script(self) -> Callable[[Prompt], Script]:
         """What this kind of recipe asks of a prompt."""
         if isinstance(self.recipe, PairsRecipe):
-            count = self.count() if self.recipe.strong is None else len
+            count = self.count() if self.own_mode else len
             return lambda prompt: scripts.pairs(self.recipe, prompt, self.ask, count)  # pyright: ignore
         if isinstance(self.recipe, TurnsRecipe):
             return lambda prompt: scripts.conversations(self.recipe, prompt, self.ask)  # pyright: ignore
@@ -155,7 +160,7 @@ class Work:
         """Every prompt in every mode, in the order of sources, rows and modes; the same at every call."""
         from smol_post import sources
 
-        own_mode = isinstance(self.recipe, PairsRecipe) and self.recipe.strong is None
+        own_mode = self.own_mode
         script = self.script()
         for source, _ in self.sources:
             check = self.recipe.checks.get(source.name)
@@ -172,22 +177,18 @@ class Work:
                         raise Refusal(f"{where}: {error}; mend the row, or set on_bad_rows: skip") from None
                     yield Unit(source.name, raw.number, None, "bad_row")
                     continue
-                for mode, prompt in zip(self.recipe.modes, found, strict=True):
-                    reason = prompt if isinstance(prompt, str) else self._why_not(prompt, own_mode)
-                    if isinstance(prompt, str):
-                        yield Unit(source.name, raw.number, mode, reason)
-                    elif reason:
-                        yield Unit(source.name, raw.number, mode, reason, prompt)
-                    else:
-                        yield Unit(source.name, raw.number, mode, None, prompt, partial(script, prompt))
+                for mode, prompt in found:
+                    reason = self._why_not(prompt) if prompt else "other_mode"
+                    made = partial(script, prompt) if prompt and not reason else None
+                    yield Unit(source.name, raw.number, mode, reason, prompt, made)
 
-    def _why_not(self, prompt: Prompt, own: bool) -> str | None:
+    def _why_not(self, prompt: Prompt) -> str | None:
         if isinstance(self.recipe, TurnsRecipe):
             if chat.mode_of(prompt.messages, {}) is not None:
                 return "fixed_mode"
             if prompt.messages[-1]["role"] != "user":
                 return "no_question"
-        if own and prompt.own is None:
+        if self.own_mode and prompt.own is None:
             return "no_answer"
         if reason := asking.unaskable(prompt, self.teachers):
             return reason

@@ -104,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
             text = json.dumps(whole).encode()
             if fault is None:
                 with self.server.gate:
-                    self.server.answered[json.dumps([body["messages"], body.get("seed")])] += 1
+                    self.server.answered[json.dumps([body["model"], body["messages"], body.get("seed")])] += 1
                 return self.send(200, text)
             self.send(200, text[: len(text) // 2], length=len(text))
             self.close_connection = True
