@@ -117,15 +117,11 @@ class Work:
             found += [Path(path) for path in inner.files()]
         return [manifest.digest_file(path) for path in found]
 
-    def num_prompts(self) -> int:
-        """How many prompts there are, at most, in all modes."""
-        from smol_post import sources
-
-        total = 0.0
-        for source, _ in self.sources:
-            span = sources.spans(source, folder=self.folder, num_shards=1)[0]
-            total += span.num_rows * source.keep_fraction
-        return round(total) * (1 if self.own_mode else len(self.recipe.modes))
+    def num_requests(self) -> int:
+        """How many requests there are, at most; Refusal where a row cannot be asked, before anything is."""
+        turns = self.recipe.turns.num_turns if isinstance(self.recipe, TurnsRecipe) else 1
+        samples = self.recipe.num_samples if turns > 1 else 1
+        return sum(len(next(unit.script())) for unit in self.units() if unit.script) * turns * samples
 
     @property
     def own_mode(self) -> bool:
@@ -496,8 +492,9 @@ def make(recipe: Generation, job: Job) -> int:
         say(f"{job.name}: whole already, kept: {out}")
         return EXIT_OK
     locks.check(out, what="a generation")
+    Journal(out)
+    total = work.num_requests()
     try:
-        Journal(out)
         out.mkdir(parents=True, exist_ok=True)
         lock = locks.take(out, what="a generation")
     except OSError as error:
@@ -506,7 +503,7 @@ def make(recipe: Generation, job: Job) -> int:
         started = time.monotonic()
         (out / manifest.MANIFEST).unlink(missing_ok=True)
         journal = Journal(out).open()
-        progress = Progress(work, _num_requests(work))
+        progress = Progress(work, total)
         progress.known(len(journal))
         try:
             Asking(work, journal, progress).run()
@@ -517,10 +514,6 @@ def make(recipe: Generation, job: Job) -> int:
         _finish(work, out, print_id, summary, progress, time.monotonic() - started)
         (out / locks.LOCK).unlink()
     return EXIT_OK
-
-
-def _num_requests(work: Work) -> int:
-    return work.num_prompts() * work.recipe.num_samples * len(work.teachers)
 
 
 def _check_place(out: Path, recipe: Generation) -> None:
@@ -644,10 +637,10 @@ def _finish(
         },
     )
     rejected = ", ".join(f"{number:,} {reason}" for reason, number in summary["rejected"].items())
+    asked = f"{progress.prompt_tokens:,} tokens in, {progress.tokens:,} out, cost {progress.cost:,.2f}"
     say(
         f"{job.name}: {summary['rows']:,} rows of {summary['kept']:,} kept; left out: {rejected or 'none'}; "
-        f"asked {progress.num_requests:,} now, {progress.failed:,} failed, {progress.prompt_tokens:,} tokens in, "
-        f"{progress.tokens:,} out, cost {progress.cost:,.2f}, {seconds:,.0f} s: {out}"
+        f"asked {progress.num_requests:,} now, {progress.failed:,} failed, {asked}, {seconds:,.0f} s: {out}"
     )
     if gap := summary["length_gap"]:
         say(

@@ -85,8 +85,8 @@ def pairs(recipe: PairsRecipe, prompt: Prompt, ask: Ask, count: Callable[[str], 
     numbers = range(recipe.num_samples)
     weak = [ask("weak", prompt, sample) for sample in numbers]
     strong = [ask("strong", prompt, sample) for sample in numbers] if recipe.strong else []
-    replies = yield [*strong, *weak]
     check = _check(recipe, prompt)
+    replies = yield [*strong, *weak]
     found = []
     for sample in numbers:
         reply, other = replies[sample - len(weak)], replies[sample] if strong else {}

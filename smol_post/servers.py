@@ -110,7 +110,7 @@ class Server:
         if left <= 0 or wait > left:
             asked = f"; it asks to wait {wait:.0f} s" if wait else ""
             raise Failure(
-                f"{self._where()}: nothing but failures for {now - self._failing_since:.0f} s ({reason}){asked}; "
+                f"{self._where()}: nothing but failures for {patience - left:.0f} s ({reason}){asked}; "
                 "what was answered is kept, the same command goes on from there"
             )
         if now - first > patience and tries >= _FEW_TRIES:

@@ -1,10 +1,11 @@
-"""Generators against a real server on loopback: what is asked, tried again, written down, kept and found again."""
+"""Generators against a real server on loopback: what is asked, tried again, written down and kept."""
 
 import json
+import os
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def recipe(server: Loopback, stage: str = "traces", *, number: int = 6, **keys: 
     who = {"strong": teacher, "weak": teacher | {"model": "w"}} if stage == "pairs" else {"teacher": teacher}
     made = [{"name": "q", "generator": "dual_mode_chats", "num_rows": number, "seed": 3,
              "options": {"flag_share": 0.0, "variant_share": 0.0, "instruction_share": 0.0}}]  # fmt: skip
-    return {"stage": stage, "modes": ["think"], "sources": made, "format": "jsonl", "deduplicate": {"near": False},
+    return {"stage": stage, "modes": ["think"], "sources": made, "format": "jsonl",
+            "deduplicate": {"near": False},
             **who, **keys}  # fmt: skip
 
 
@@ -107,7 +109,8 @@ def test_what_a_row_brings_is_carried_along(tmp_path: Path) -> None:
         ({"content": "5", "reasoning": "2+3=5"}, "think", "<think>\n2+3=5\n</think>\n5", True),
         ({"content": "<think>2+3=5</think>\n\n5"}, "think", "<think>\n2+3=5\n</think>\n5", True),
         ({"content": "<think>\n\n</think>\n\n5"}, "no_think", "5", True),
-        ({"content": None, "reasoning_content": "2+", "finish_reason": "length"}, "think", "<think>\n2+", False),
+        ({"content": None, "reasoning_content": "2+", "finish_reason": "length"}, "think",
+         "<think>\n2+", False),
         ({"content": "", "tool_calls": [{"id": "a", "type": "function", "function": {
             "name": "f", "arguments": "{}"}}], "finish_reason": "tool_calls"}, "no_think",
          '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', True),
@@ -348,24 +351,36 @@ def test_conversations_go_on_turn_by_turn_with_what_was_answered(tmp_path: Path)
         assert [one.rpartition("answer ")[2] for one in said] == [str(2 * at + 1) for at in range(len(said))]
 
 
-KILLED = """
-import sys
-from smol_post import generate, journal
-left = int(sys.argv.pop())
-class Dying(journal.Journal):
-    def add(self, answer):
-        global left
-        super().add(answer)
-        left -= 1
-        if left == 0:
-            import os
-            if torn:
-                os.pwrite(self._number, b'{"id": "half', self._end)
-            os.kill(os.getpid(), 9)
-torn = left % 2
-generate.Journal = Dying
-sys.exit(generate.generate(sys.argv[1:]))
-"""
+def forked(work: Callable[[], int]) -> int:
+    """The process of a fork of this one that does some work and exits with what it returns."""
+    if number := os.fork():
+        return number
+    code = 99
+    try:
+        code = work()
+    finally:
+        os._exit(code)
+
+
+def killed(after: int, call: Callable[[], int]) -> int:
+    """How a fork ends that is killed when so many answers are written; of an odd number, and half a line."""
+
+    class Dying(Journal):
+        left = after
+
+        def add(self, answer: Any) -> None:
+            super().add(answer)
+            self.left -= 1
+            if not self.left:
+                if after % 2:
+                    os.pwrite(self._number or 0, b'{"id": "half', self._end)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def work() -> int:
+        setattr(generate, "Journal", Dying)  # noqa: B010  in the fork
+        return call()
+
+    return os.waitstatus_to_exitcode(os.waitpid(forked(work), 0)[1])
 
 
 @pytest.mark.parametrize(("stage", "concurrency"), [("traces", 1), ("pairs", 3)])
@@ -379,12 +394,8 @@ def test_killed_and_restarted_nothing_is_asked_again_and_the_rows_are_those_of_a
         assert run(tmp_path / "calm", tree) == 0
         whole = len(server.asked)
         server.answered.clear()
-        words = [stage, str(tmp_path / "r.yaml"), "--run-dir", str(tmp_path / "runs")]
-        (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
-        for after in (1, 8):  # the first leaves half a line behind
-            words_of = [sys.executable, "-c", KILLED, *words, str(after)]
-            done = subprocess.run(words_of, capture_output=True, text=True, check=False)
-            assert done.returncode == -signal.SIGKILL, done.stderr
+        for after in (1, 8):
+            assert killed(after, lambda: run(tmp_path, tree)) == -signal.SIGKILL
         assert len(Journal(tmp_path / "runs" / "r")) == 9
         assert run(tmp_path, tree) == 0
         under_way = 2 * (concurrency - 1) * (1 if stage == "traces" else 2)
@@ -402,15 +413,19 @@ def test_a_signal_ends_it_with_the_code_of_all_commands_and_what_is_answered_is_
 ) -> None:
     with Loopback(reasoned, seconds=0.05) as server:
         tree = recipe(server, number=200, teacher={"concurrency": 2})
-        (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
-        words = [sys.executable, "-m", "smol_post", "generate", "traces", "r.yaml", "--run-dir", "runs"]
-        child = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+
+        def work() -> int:
+            os.dup2(os.open(tmp_path / "said", os.O_CREAT | os.O_WRONLY), 2)
+            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+            return run(tmp_path, tree)
+
+        child = forked(work)
         while len(server.asked) < 5:
             time.sleep(0.01)
-        child.send_signal(number)
-        said = child.communicate(timeout=20)[1]
-        assert (child.returncode, said.count("\n")) == (code, 1), said
-        assert "interrupted; what was answered is kept" in said
+        os.kill(child, number)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+        said = (tmp_path / "said").read_text()
+        assert said == "generate: interrupted; what was answered is kept, the same command goes on\n"
         assert len(Journal(tmp_path / "runs" / "r")) >= 2
 
 
