@@ -71,7 +71,8 @@ def prompts(
     if own_mode and own_kind is None:
         raise ValueError("the row names no mode; give its source one (mode: think or no_think)")
     variables.pop("enable_thinking", None)
-    for mode in [own_kind] if own_mode and own_kind else recipe.modes:
+    modes: list[Mode] = [own_kind] if own_mode and own_kind else recipe.modes
+    for mode in modes:
         fits = mode in recipe.modes and flagged in (None, mode)
         yield mode, Prompt(name, number, mode, messages, variables, own, raw) if fits else None
 

@@ -151,7 +151,7 @@ def _lengths(gap: Mapping[str, float] | None) -> list[str]:
         return []
     line = (
         f"Chosen answers have {gap['chosen_mean']:,.1f} tokens in the mean, rejected ones "
-        f"{gap['rejected_mean']:,.1f}; chosen is the longer one in {gap['chosen_longer']:.0%} of pairs, length "
+        f"{gap['rejected_mean']:,.1f}; chosen is longer in {gap['chosen_longer']:.0%} of pairs, length "
         f"alone tells them apart with an AUC of {gap['auc']:.2f} (0.5: not at all)."
     )
     return ["## Lengths", line]

@@ -1,4 +1,4 @@
-"""What a recipe may say of how generated rows are judged: limits, checks, duplicates, decontamination."""
+"""What a recipe may say of how generated rows are judged, and of how conversations go on."""
 
 from typing import Literal
 
@@ -91,9 +91,10 @@ class Deduplicate(Strict):
 class Turns(Strict):
     """How conversations go on. switch_share: chance that a turn is in the other mode than the one before.
 
-    kinds: of constraints, by lm-eval's names; none given: all that we draw.
+    num_turns: Multi-IF has three (He et al., 2024). kinds: of constraints, by lm-eval's names; None: those
+    that an answer to any question can keep to (`constraints.KINDS`).
     """
 
-    num_turns: int = Field(default=3, ge=1, le=20)  # Multi-IF's three
+    num_turns: int = Field(default=3, ge=1, le=20)
     switch_share: float = Field(default=0.5, ge=0, le=1)
-    kinds: list[str] = Field(default=[])
+    kinds: list[str] | None = Field(default=None, min_length=1)

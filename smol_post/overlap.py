@@ -4,7 +4,8 @@
     ->  "evals.yaml: needle questions": 13 words in a row are those of a question; None where none are
     Seen(Deduplicate()).seen("a text")  ->  False, and True when it comes again, or one near it
 
-Numbers of this machine's one core: a million rows of 300 words take 25 minutes and 1.5 GB (`Seen`).
+A million rows of 300 words take one core 9 minutes against suites of whatever size, and 13 minutes and 1 GB
+against each other.
 """
 
 import re

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from smol_post import constraints
 from smol_post.chat import mode_of
-from smol_post.constraints import KINDS, Constraint
+from smol_post.constraints import Constraint
 from smol_post.judging_config import Turns
 
 Mode = Literal["think", "no_think"]
@@ -50,13 +50,15 @@ def plan(
         raise ValueError("messages: wanted a prompt that ends with a turn of the user")
     if mode_of(list(map(dict, messages)), {}) is not None:
         raise ValueError("messages[0] (system): a flag fixes the mode, which is to switch; take it out")
+    kinds = constraints.KINDS if options.kinds is None else options.kinds
+    constraints.check_kinds(kinds)
     mode: Mode = first or rng.choice(("think", "no_think"))
     turns: list[Turn] = []
     so_far: tuple[Constraint, ...] = ()
     for number in range(options.num_turns):
         if number and rng.random() < options.switch_share:
             mode = "no_think" if mode == "think" else "think"
-        drawn = constraints.draw(rng, kinds=options.kinds or list(KINDS), so_far=so_far)
+        drawn = constraints.draw(rng, kinds=kinds, so_far=so_far)
         if drawn is None:
             break
         so_far = (*so_far, drawn)

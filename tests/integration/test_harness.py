@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from smol_post import chat, config, evals, loading, model, plan
+from smol_post import chat, config, evals, loading, model, overlap, plan
+from smol_post.judging_config import Decontaminate
 from smol_post.refusal import Refusal
 
 pytestmark = pytest.mark.slow
@@ -119,6 +120,17 @@ def loaded(checkpoint: Path) -> tuple[Any, Any]:
     return model.load_model(checkpoint, attn_implementation="sdpa").eval(), vocabulary.load_tokenizer(
         checkpoint
     )
+
+
+def test_rows_are_held_against_the_questions_of_tasks(tasks: Path, tmp_path: Path) -> None:
+    (tmp_path / "evals.yaml").write_text(
+        "stage: evals\nneedle_tokens: []\nnum_arithmetic_questions: 0\nnum_preference_pairs: 0\n"
+        f"harness: [{{tasks: [all_sums], modes: [base], include_path: {tasks}}}]\n"
+    )
+    found = overlap.Suites(Decontaminate(suites=["evals.yaml"]), tmp_path)
+    assert found.find("2+3?\n5") == "evals.yaml: sums"
+    assert found.find("2+4?\n6") is None
+    assert "evals.yaml: sums_again" in found.names
 
 
 def samples(loaded: tuple[Any, Any], asked: config.Harness, mode: str) -> list[dict[str, Any]]:

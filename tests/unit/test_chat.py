@@ -944,6 +944,19 @@ def test_a_live_switch_of_modes_is_a_row_that_trains_its_last_turn(thinking: boo
     check_masks([row], tokenizer(), date_string=DATE)
 
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_an_answer_of_a_pair_has_no_weight_0(side: str) -> None:
+    pair: dict[str, Any] = {
+        "prompt": HI,
+        "chosen": [YO],
+        "rejected": [say("assistant", "Ja")],
+        "enable_thinking": True,
+    }
+    weighed = pair | {side: [pair[side][0] | {"weight": 0}]}
+    with pytest.raises(ValueError, match=f"^{side}: weight 0: a pair is judged by its answers; remove it$"):
+        encode_pair(weighed, tokenizer(), date_string=DATE)
+
+
 def test_a_pair_may_say_that_its_prompt_is_not_trained() -> None:
     prompt = [*HI, YO, *HI]
     pair = {"prompt": prompt, "chosen": [YO], "rejected": [say("assistant", "Ja")], "enable_thinking": True}

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from smol_post import asking, generate, generate_config, locks, manifest, sifting, sources
+from smol_post import answering, asking, generate, generate_config, locks, manifest, sifting, sources
 from smol_post.config import Source
 from smol_post.journal import JOURNAL, Journal
 from smol_post.refusal import Refusal
@@ -187,7 +187,7 @@ def test_nothing_but_failures_ends_in_one_line_and_what_was_answered_is_kept(
 def test_errors_that_no_retry_mends_end_at_once(fault: str, tmp_path: Path, capsys: Any) -> None:
     with Loopback(reasoned, fault=lambda body: fault) as server:
         assert run(tmp_path, recipe(server, number=40, teacher={"concurrency": 2})) == 1
-        assert len(server.asked) <= generate.HOPELESS_AFTER + 4
+        assert len(server.asked) <= answering.HOPELESS_AFTER + 4
     assert capsys.readouterr().err.count("failed: ") == 1
     assert (tmp_path / "runs" / "r" / JOURNAL).read_text() == ""
 

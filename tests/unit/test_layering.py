@@ -46,6 +46,7 @@ LAYERS = [
         "costs",
         "judging",
         "asking",
+        "answering",
         "journal",
         "scripts",
         "servers",
