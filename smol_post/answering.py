@@ -27,7 +27,7 @@ _SAY_EVERY = 30.0  # seconds between lines where there is no terminal
 class Asking:
     """Whoever answers, each answer is written down at once."""
 
-    def __init__(self, work: Work, journal: Journal, progress: "Progress") -> None:
+    def __init__(self, work: "Work", journal: Journal, progress: "Progress") -> None:
         """Nothing is asked yet."""
         self.work, self.journal, self.progress = work, journal, progress
         self._doubtful: list[dict[str, Any]] = []  # failed, before the server answered anything
@@ -220,7 +220,7 @@ def _first(failed: BaseExceptionGroup[BaseException]) -> BaseException:
 class Progress:
     """Rows, tokens and cost of this run so far: a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, work: Work, total: int) -> None:
+    def __init__(self, work: "Work", total: int) -> None:
         """`total`: requests of the whole run, at most."""
         self.teachers = work.teachers
         self.num_requests = self.prompt_tokens = self.tokens = self.failed = 0

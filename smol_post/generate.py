@@ -18,6 +18,7 @@ from typing import Any
 from smol_post import (
     asking,
     chat,
+    constraints,
     data_card,
     disk,
     inputs,

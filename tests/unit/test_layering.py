@@ -46,7 +46,6 @@ LAYERS = [
         "costs",
         "judging",
         "asking",
-        "answering",
         "journal",
         "scripts",
         "servers",
@@ -86,7 +85,7 @@ LAYERS = [
         "local_teacher",
     },
     STAGES | {"export"},
-    {"commands", "preparation", "verify", "budget", "generate"},
+    {"commands", "preparation", "verify", "budget", "generate", "answering"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
