@@ -13,7 +13,7 @@ STAGES := base long-context mid sft apo merge
 SYSTEM := $(shell uname -s)
 
 comma := ,
-EXTRAS := dev$(comma)eval$(if $(filter Linux,$(SYSTEM)),$(comma)deepspeed$(comma)scale)
+EXTRAS := dev$(comma)eval$(comma)generate$(if $(filter Linux,$(SYSTEM)),$(comma)deepspeed$(comma)scale)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup pipeline prepare $(STAGES) evals report check test lint units integration fuzz audit bench reproduce soak docs format clean

@@ -25,6 +25,7 @@ COMMANDS = {
     "release": "write a run as a model to publish: weights, card, recipe, report; push it to the Hub",
     "plan": "what a pipeline will cost: updates, hours, memory, disk; no torch, nothing is run",
     "prepare": "tokenise and pack the data of a recipe's runs, and count it; no weights needed",
+    "generate": "make data by a teacher: reasoning traces, preference pairs, conversations",
     "inspect": "show rows as the trainer gets them, token by token; no weights needed",
     "verify": "prove a run before step 1: masks, isolation, losses, precision, on its model and data",
     "check": "validate a recipe file or folder, without torch",
@@ -112,6 +113,10 @@ def dispatch(command: str, rest: list[str]) -> int:
         from smol_post import talk
 
         return talk.main(rest)
+    if command == "generate":
+        from smol_post import generate
+
+        return generate.generate(rest)
     if command == "plan":
         from smol_post import budget
 

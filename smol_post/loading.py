@@ -16,12 +16,15 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from smol_post.config import RECIPES, Entry, EvalsRecipe, Pipeline, Recipe, Training
+from smol_post.config import RECIPES as STAGES
+from smol_post.config import Entry, EvalsRecipe, Pipeline, Recipe, Training
+from smol_post.generate_config import GENERATIONS
 from smol_post.refusal import SECRET, Refusal, describe, did_you_mean, text_number
 from smol_post.strict import Strict
 from smol_post.trainer_block import check_trainer_block
 
 T = TypeVar("T", bound=Strict)
+RECIPES = STAGES | GENERATIONS
 _SECRET_KEY = re.compile(
     r"^((hub|hf|auth|access|bearer|secret)_?)?token$|((api|secret|access)_?key|password|passwd|secret|credentials?)$",
     re.IGNORECASE,

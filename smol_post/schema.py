@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from smol_post.config import RECIPES, Pipeline
+from smol_post.config import Pipeline
+from smol_post.loading import RECIPES
 from smol_post.plan import say
 from smol_post.runner import EXIT_OK, Parser
 from smol_post.strict import Strict

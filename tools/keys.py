@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from smol_post import schema
-from smol_post.config import RECIPES, Pipeline
+from smol_post.config import Pipeline
+from smol_post.loading import RECIPES
 
 DOCS = Path(__file__).parent.parent / "docs"
 HEAD = """# Every recipe key

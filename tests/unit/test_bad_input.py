@@ -255,6 +255,70 @@ EVAL = "eval parent --suite own/evals.yaml"
 SECRET = "!!python/object/apply:os.system [touch hacked]"
 BASE, RUNS = "runs/recipe/base", "runs/recipe"
 
+
+def generated(**keys: Any) -> Make:
+    """own/traces.yaml, with other keys; one that is None is left out."""
+    teacher = {"base_url": "http://127.0.0.1:9/v1", "model": "m"}
+    tree = {
+        "stage": "traces",
+        "sources": [{"name": "chats", "path": "rows.jsonl"}],
+        "teacher": teacher,
+    } | keys
+    kept = {key: one for key, one in tree.items() if one is not None}
+    return write("own/traces.yaml", yaml.safe_dump(kept))
+
+
+SERVED = {"base_url": "http://127.0.0.1:9/v1", "model": "m"}
+TRACES, MAKE = "check own/traces.yaml", "generate traces own/traces.yaml"
+GENERATORS: dict[str, tuple[Make, str, str]] = {
+    "no teacher": (generated(teacher=None), TRACES, "teacher: this key is missing; add it"),
+    "a teacher that is nobody": (generated(teacher={}), TRACES, "give exactly one of 'base_url'"),
+    "a teacher that is two": (generated(teacher=SERVED | {"checkpoint": "../a"}), TRACES, "give exactly"),
+    "a server without a model": (
+        generated(teacher={"base_url": "http://a/v1"}), TRACES, "give both 'base_url' and 'model'"
+    ),
+    "a server at no address": (
+        generated(teacher=SERVED | {"base_url": "localhost:8000"}), TRACES, "wanted an address such as http://"
+    ),
+    "a server of nobody": (generated(teacher=SERVED | {"concurrency": 0}), TRACES, "concurrency: found 0"),
+    "a key in the recipe": (
+        generated(teacher=SERVED | {"api_key": "abc"}), TRACES, "a recipe holds no secrets"
+    ),
+    "a key for its variable": (
+        generated(teacher=SERVED | {"api_key_env": "sk-" + "a" * 30}), TRACES, "a recipe holds no secrets"
+    ),
+    "a variable that is not set": (
+        generated(teacher=SERVED | {"api_key_env": "NOBODYS_KEY"}), MAKE, "the environment has no NOBODYS_KEY"
+    ),
+    "a body that sets the model": (
+        generated(teacher=SERVED | {"extra_body": {"model": "n"}}), TRACES, "'model' is set by the recipe"
+    ),
+    "a batch for a server": (
+        generated(teacher=SERVED | {"batch_size": 4}), TRACES, "'batch_size' goes with 'checkpoint' only"
+    ),
+    "samples that are alike": (
+        generated(teacher=SERVED | {"temperature": 0.0}, num_samples=2), TRACES, "all samples would be alike"
+    ),
+    "a mode twice": (generated(modes=["think", "think"]), TRACES, "modes: 'think' is given twice"),
+    "a check of no source": (
+        generated(checks={"chat": {"kind": "numeric", "column": "answer"}}), TRACES, "did you mean 'chats'?"
+    ),
+    "a check of no column": (
+        generated(checks={"chats": {"kind": "numeric", "column": "answer"}}), MAKE, "wanted 'answer'"
+    ),
+    "a source to train on": (
+        generated(sources=[{"name": "chats", "path": "rows.jsonl", "repeat": 2}]), TRACES, "is for training"
+    ),
+    "a checkpoint that is not there": (
+        generated(teacher={"checkpoint": "../sft"}), MAKE, "parent ../sft is not whole"
+    ),
+    "a recipe of another kind": (generated(), "generate pairs own/traces.yaml", "found traces, wanted pairs"),
+    "a kind that is none": (generated(), "generate trace own/traces.yaml", "did you mean 'traces'?"),
+    "a generation of rows that ask nothing": (
+        both(generated(), row({"messages": [{"role": "system", "content": "Hi"}]})), MAKE, "row 3: no prompt"
+    ),
+}  # fmt: skip
+
 RECIPES: dict[str, tuple[Make, str, str]] = {
     "no file": (nothing, "check recipe/none.yaml", "recipe/none.yaml: no such file; give a recipe file"),
     "an empty file": (write(SFT, ""), CHECK, "found NoneType, wanted a mapping"),
@@ -908,7 +972,7 @@ COMMANDS: dict[str, tuple[Make, str, str]] = {
     ),
 }  # fmt: skip
 
-CATALOGUE = RECIPES | PIPELINES | PLACES | ROWS | TEMPLATES | CHECKPOINTS | RECORDS | COMMANDS
+CATALOGUE = RECIPES | GENERATORS | PIPELINES | PLACES | ROWS | TEMPLATES | CHECKPOINTS | RECORDS | COMMANDS
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
@@ -957,5 +1021,5 @@ def test_paths_with_spaces_and_letters_of_any_alphabet_work(
 
 
 def test_the_catalogue_counts_every_entry_once() -> None:
-    parts = (RECIPES, PIPELINES, PLACES, ROWS, TEMPLATES, CHECKPOINTS, RECORDS, COMMANDS)
+    parts = (RECIPES, GENERATORS, PIPELINES, PLACES, ROWS, TEMPLATES, CHECKPOINTS, RECORDS, COMMANDS)
     assert len(CATALOGUE) == sum(map(len, parts)) >= 60

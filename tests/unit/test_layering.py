@@ -27,6 +27,7 @@ LAYERS = [
         "strict",
         "evals_config",
         "judging_config",
+        "generate_config",
     },
     {
         "launch",
@@ -47,6 +48,11 @@ LAYERS = [
         "schema",
         "costs",
         "judging",
+        "asking",
+        "journal",
+        "scripts",
+        "servers",
+        "sifting",
         "constraints",
         "turns",
         "data_card",
@@ -83,9 +89,10 @@ LAYERS = [
         "harness",
         "trl_fields",
         "overlap",
+        "local_teacher",
     },
     STAGES | {"export", "release"},
-    {"commands", "preparation", "verify", "budget", "talk"},
+    {"commands", "preparation", "verify", "budget", "talk", "generate", "answering"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

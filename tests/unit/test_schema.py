@@ -11,7 +11,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from smol_post import schema
-from smol_post.config import RECIPES
+from smol_post.loading import RECIPES
 from tools import keys
 
 ROOT = Path(__file__).parents[2]
