@@ -80,7 +80,7 @@ class Teacher(Strict):
     no_think: Sampling | None = None
     """What differs in this mode."""
     mode_by: Literal["kwargs", "system", "none"] = "kwargs"
-    """How a server is told the mode: chat_template_kwargs.enable_thinking, a flag in the system message, not."""
+    """How a server is told the mode: in chat_template_kwargs, by a flag in the system message, or not."""
     extra_body: Body = Field(default={})
     """Further keys of the request's body."""
     api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,99}$", exclude=True)

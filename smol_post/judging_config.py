@@ -10,10 +10,9 @@ from smol_post.strict import PathText, Strict
 class Limits(Strict):
     """What any answer must keep to.
 
-    max_repetition is of words that lie in n-grams which stand before in the same window: Gopher's measure of duplicate n-grams (Rae et
-    al., 2021, table A1), in windows, so that a loop counts however long the text before it. The numbers
-    are ours: at n = 10 parallel tool calls repeat 0.74 of their words, at 24 no more than 0.26, and
-    technical documents 0.34; a paragraph said twice repeats 0.5.
+    Repetition is Gopher's measure of duplicate n-grams (Rae et al., 2021, table A1), in windows, so that a
+    loop counts however long the text before it. The numbers are ours: at n = 10 parallel tool calls repeat
+    0.74 of their words, at 24 no more than 0.26, technical documents 0.34; a paragraph said twice 0.5.
     """
 
     max_tokens: int | None = Field(default=None, gt=0)
