@@ -1,6 +1,8 @@
 """The recipes of the repository pass `check` offline, say what the published recipe says, and say whence."""
 
+import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from smol_post import config, loading
+from smol_post import config, loading, synthetic, toolbox
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FOLDERS = sorted(path.parent for path in RECIPES.glob("*/pipeline.yaml"))
@@ -157,3 +159,15 @@ def test_a_bare_number_in_a_recipe_is_found() -> None:
 def test_every_number_of_the_3b_recipes_has_its_source_beside_it(folder: str) -> None:
     for path in (RECIPES / folder).glob("*.yaml"):
         assert uncommented_numbers(path.read_text()) == [], path
+
+
+def test_the_calculator_of_tiny_is_the_one_that_it_is_taught() -> None:
+    box = toolbox.load(RECIPES / "tiny" / "tools.json")
+    assert json.dumps(box.tools) == json.dumps([synthetic.XML_TOOL])
+    for seed in range(3):
+        *_, told, _ = synthetic._call(
+            synthetic._problem(random.Random(seed), 1, 6), think=False, python=False
+        )
+        asked = synthetic._question(synthetic._problem(random.Random(seed), 1, 6))
+        assert toolbox.run(box.commands["calc"], {"sum": asked}) == told["content"]
+    assert "wanted digits" in toolbox.run(box.commands["calc"], {"sum": "__import__('os')"})
