@@ -28,6 +28,7 @@ COLUMNS = {
     "no_think_greedy": "no_think",
     "mode_think_sampled": "think obeyed, T=1",
     "mode_no_think_sampled": "no_think obeyed, T=1",
+    "tool_calls_calc_no_think": "tool",
 }
 CHAIN = {
     "base": "base",
@@ -394,7 +395,8 @@ def beyond(numbers: Numbers) -> str:
 def readme_table(numbers: Numbers) -> str:
     """What README.md shows."""
     names = {name: text for name, text in CHAIN.items() if name not in ("long_context_1", "mid")}
-    shown = ("needle_8x", "needle_8x_clean", "think_greedy", _T1, "no_think_greedy", "mode_think_sampled")
+    shown = ("needle_8x", "needle_8x_clean", "think_greedy", _T1, "no_think_greedy", "mode_think_sampled",
+             "tool_calls_calc_no_think")  # fmt: skip
     return checkpoints(numbers, names, {metric: COLUMNS[metric] for metric in shown}) + "\n" + beyond(numbers)
 
 

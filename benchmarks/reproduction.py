@@ -28,7 +28,7 @@ from smol_post import evals, loading, manifest
 TOP = Path(__file__).parents[1]
 RECIPE = TOP / "recipes" / "tiny-ablations"
 SUITE = RECIPE / "evals.yaml"
-NO_CHATS = ("num_arithmetic_questions=0", "num_preference_pairs=0")
+NO_CHATS = ("num_arithmetic_questions=0", "num_preference_pairs=0", "tool_calls=[]")
 CLEAN = ("needle_options={max_overwrites: 0}", *NO_CHATS)
 BEYOND = (
     "num_needle_questions=0",
