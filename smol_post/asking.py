@@ -16,10 +16,17 @@ from typing import Any
 
 from smol_post import chat, manifest
 from smol_post.generate_config import Generation, Mode, Teacher
-from smol_post.messages import REASONING_KEYS, Messages, clean_row, clean_variables, function_of, split_pair
+from smol_post.messages import (
+    END_THINK,
+    REASONING_KEYS,
+    THINK,
+    Messages,
+    clean_row,
+    clean_variables,
+    function_of,
+    split_pair,
+)
 from smol_post.refusal import Refusal
-
-THINK, END_THINK = "<think>", "</think>"
 
 
 @dataclass(frozen=True)

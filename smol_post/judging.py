@@ -14,10 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 from smol_post import constraints
 from smol_post.judging_config import Check, Limits
+from smol_post.messages import END_THINK, THINK, well_formed
 from smol_post.refusal import Refusal, describe
 
-THINK, END_THINK = "<think>", "</think>"
-_THINK = re.compile(r"\s*<think>\s*\S.*?</think>(?P<answer>.*)", re.DOTALL)
 # Words and numbers, in pieces of 20 characters; letters beyond ASCII one by one, for scripts without spaces;
 # rows of 20 marks. Shorter ones, as in the rule below the head of a table, are nothing.
 _UNIT = re.compile(r"[a-z]{1,20}|\d{1,20}|[^\W\d_]|(?:[^\w\s]|_){20}")
@@ -29,25 +28,6 @@ class Answer(NamedTuple):
     text: str
     ended: bool
     num_tokens: int
-
-
-def well_formed(text: str, mode: str, *, ended: bool) -> str | None:
-    """The answer of a generation that obeys its mode and stops; None where it does not.
-
-    think: one block with something in it, closed once, then text without tags; no_think: text without tags.
-
-    >>> well_formed("<think>\\n3+4=7\\n</think>\\n7", "think", ended=True)
-    '7'
-    """
-    if not ended:
-        return None
-    if mode == "think":
-        match = _THINK.fullmatch(text)
-        if match is None or text.count("<think>") != 1:
-            return None
-        text = match["answer"]
-    answer = text.strip()
-    return answer if answer and "<think>" not in answer and "</think>" not in answer else None
 
 
 def reject(

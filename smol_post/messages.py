@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ Messages = list[dict[str, Any]]
 
 END_OF_TURN = "<|im_end|>"
 CONTROL_TOKENS = ("<|im_start|>", END_OF_TURN)
+THINK, END_THINK = "<think>", "</think>"
+_THINK = re.compile(r"\s*<think>\s*\S.*?</think>(?P<answer>.*)", re.DOTALL)
 TOOL_KEYS = ("tools", "xml_tools", "python_tools")
 TEMPLATE_KEYS = ("enable_thinking", *TOOL_KEYS, "custom_instructions", "date_string")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # transformers takes each for thoughts
@@ -222,3 +225,22 @@ def short(value: Any) -> str:
     """A value for an error, cut to a readable length."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def well_formed(text: str, mode: str, *, ended: bool) -> str | None:
+    """The answer of a generation that obeys its mode and stops; None where it does not.
+
+    think: one block with something in it, closed once, then text without tags; no_think: text without tags.
+
+    >>> well_formed("<think>\\n3+4=7\\n</think>\\n7", "think", ended=True)
+    '7'
+    """
+    if not ended:
+        return None
+    if mode == "think":
+        match = _THINK.fullmatch(text)
+        if match is None or text.count("<think>") != 1:
+            return None
+        text = match["answer"]
+    answer = text.strip()
+    return answer if answer and "<think>" not in answer and "</think>" not in answer else None

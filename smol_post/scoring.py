@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smol_post import chat, sources, synthetic
 from smol_post.config import Source
-from smol_post.judging import END_THINK, THINK, well_formed
+from smol_post.messages import END_THINK, THINK, well_formed
 from smol_post.refusal import Refusal, describe
 from smol_post.strict import FILES
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 from smol_post import turns
 from smol_post.asking import Prompt, Request
 from smol_post.generate_config import Generation, PairsRecipe, TurnsRecipe
-from smol_post.judging import END_THINK, Answer, make_check, reject, reject_pair
-from smol_post.messages import Messages
+from smol_post.judging import Answer, make_check, reject, reject_pair
+from smol_post.messages import END_THINK, Messages
 
 Script = Generator[list[Request], list[Mapping[str, Any]], "list[Candidate]"]
 

@@ -19,9 +19,10 @@ from typing import Any
 
 from smol_post import commands, manifest, messages, tool_calls, toolbox
 from smol_post.chat import mode_of
+from smol_post.messages import END_THINK, THINK
 from smol_post.refusal import Refusal, did_you_mean
 from smol_post.runner import EXIT_OK, Parser, refuse
-from smol_post.tool_calls import END_THINK, THINK, Call
+from smol_post.tool_calls import Call
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.95}  # the model card of SmolLM3-3B
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

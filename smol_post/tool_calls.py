@@ -14,9 +14,8 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from smol_post.messages import function_of, json_text, short
+from smol_post.messages import END_THINK, THINK, function_of, json_text, short
 
-THINK, END_THINK = "<think>", "</think>"
 _MARK = re.compile(r"</?think>|<tool_call>|<code>")
 _CLOSED = re.compile(r"\s*</tool_call>")
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")

@@ -411,7 +411,7 @@ def imported_by(name: str, known: set[str]) -> set[str]:
 
 def test_the_address_covers_all_code_that_makes_tokens_and_packs() -> None:
     """What is read, checked and written down around them decides neither."""
-    around = {"config", "disk", "hub", "launch", "manifest", "refusal"}
+    around = {"config", "strict", "disk", "hub", "launch", "manifest", "refusal"}
     tokens = imported_by("documents", around)
     assert {f"{name}.py" for name in tokens} == set(data._TOKEN_CODE)
     packs = imported_by("data", around | tokens | {"vocabulary"})

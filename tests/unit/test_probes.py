@@ -607,12 +607,12 @@ def test_a_result_is_measured_again_with_another_version_of_a_library(
 def test_all_code_that_decides_a_result_is_part_of_its_key() -> None:
     """Every module of ours that a measurement imports, but for recipes, refusals and bookkeeping."""
     folder, found = Path(evals.__file__).parent, set[str]()
-    todo = {"scoring", "probes", "harness", "model", "vocabulary"}
+    todo = {"scoring", "probes", "tool_scores", "harness", "model", "vocabulary"}
     while todo:
         found.add(name := todo.pop())
         text = (folder / f"{name}.py").read_text()
         todo |= set(re.findall(r"^from smol_post\.(\w+) import", text, re.MULTILINE))
         for names in re.findall(r"^from smol_post import (.+)", text, re.MULTILINE):
             todo |= set(names.split(", "))
-        todo -= {*found, "config", "refusal", "hub", "manifest", "trust"}
+        todo -= {*found, "config", "evals_config", "strict", "refusal", "hub", "manifest", "trust"}
     assert {f"{name}.py" for name in found} <= set(evals.CODE)
