@@ -40,6 +40,7 @@ class Server:
         )  # fmt: skip
         self._slots = asyncio.Semaphore(teacher.concurrency)
         self._failing_since: float | None = None
+        self._answered_at = 0.0
         self._said, self._not_before, self._next_slot = 0.0, 0.0, 0.0
         self._level, self._level_at = 0.0, time.monotonic()  # tokens of the last minute, leaking away
         self._mean = (0, 0)  # answers, and their tokens
@@ -81,7 +82,7 @@ class Server:
                     if status in HOPELESS:
                         raise Failure(f"{self._where()}: {reason}; mend model, address or key") from None
                     if status < 500 and status not in RETRIED:
-                        self._failing_since = None  # it speaks
+                        self._failing_since, self._answered_at = None, time.monotonic()  # it speaks
                         return {"failed": reason}
                     wait = retry_after(error.response.headers)
                 except TimeoutError:
@@ -89,14 +90,14 @@ class Server:
                 except (openai.APIError, ValueError) as error:
                     reason = self._plain(f"{error} {error.__cause__ or ''}")
                 else:
-                    self._failing_since = None
+                    self._failing_since, self._answered_at = None, time.monotonic()
                     used = answer["tokens"] + answer["prompt_tokens"]
                     self._level += used - guess
                     self._mean = (self._mean[0] + 1, self._mean[1] + used)
                     return answer | {"seconds": round(time.monotonic() - start, 2)}
                 self._level -= guess
                 tries += 1
-                first = first or start
+                first = first or time.monotonic()
                 failed = await self._wait(reason, wait, tries=tries, first=first)
                 if failed:
                     return {"failed": failed}
@@ -113,7 +114,7 @@ class Server:
                 f"{self._where()}: nothing but failures for {patience - left:.0f} s ({reason}){asked}; "
                 "what was answered is kept, the same command goes on from there"
             )
-        if now - first > patience and tries >= _FEW_TRIES:
+        if self._answered_at > first and now - first > patience and tries >= _FEW_TRIES:
             return f"given up after {tries} tries, while others were answered: {reason}"
         if wait:  # said to one, meant for all
             self._not_before = max(self._not_before, now + wait)

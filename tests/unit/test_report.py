@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from smol_post import commands as cli
-from smol_post.config import Refusal
+from smol_post.refusal import Refusal
 from smol_post.manifest import content_digest, content_files
 from smol_post.plots import draw_loss
 from smol_post.points import Point

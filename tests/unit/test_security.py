@@ -283,10 +283,11 @@ def test_the_package_itself_unpickles_and_evaluates_nothing() -> None:
         r"\.(loads?|Unpickler)|yaml\.(unsafe_|full_)?load(_all)?|jinja2\.(Template|Environment)"
     )
     found = [(where, name) for where, name, _ in calls() if forbidden.fullmatch(name)]
-    # our own two pages, and a safe loader
+    # our own two pages and a card, and a safe loader
     assert found == [
         ("inspection", "jinja2.Environment"),
         ("loading", "yaml.load"),
+        ("model_card", "jinja2.Environment"),
         ("report", "jinja2.Environment"),
     ]
     assert issubclass(loading._Loader, yaml.SafeLoader)
