@@ -11,6 +11,7 @@ journal and recipe: other filters sift anew and ask nothing. Both play the same 
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,13 @@ from smol_post.runner import EXIT_OK, refuse
 from smol_post.scripts import Candidate, Script, Unit
 from smol_post.sifting import Sift
 from smol_post.strict import local_path
+
+_ABOUT = (
+    "Ask a teacher, and keep what passes: SFT rows (traces), preference pairs, conversations (turns).",
+    "RUN_DIR/<recipe's name> gets answers.jsonl, answer by answer; at the end rows.jsonl or rows.parquet for "
+    "a mixture, ledger.jsonl and ledger.json (what was left out, and why) and a dataset card. Killed "
+    "anywhere, the same command goes on; with other filters or checks it sifts again and asks nothing.",
+)
 
 
 class Work:
@@ -111,11 +119,26 @@ class Work:
             found += [Path(path) for path in inner.files()]
         return [manifest.digest_file(path) for path in found]
 
-    def num_requests(self) -> int:
-        """How many requests there are, at most; Refusal where a row cannot be asked, before anything is."""
+    def num_requests(self, journal: Journal) -> tuple[int, int]:
+        """How many requests there are, at most, and how many of them are answered.
+
+        Refusal where a row cannot be asked, before anything is.
+        """
         turns = self.recipe.turns.num_turns if isinstance(self.recipe, TurnsRecipe) else 1
         samples = self.recipe.num_samples if turns > 1 else 1
-        return sum(len(next(unit.script())) for unit in self.units() if unit.script) * turns * samples
+        total = answered = 0
+        for unit in self.units():
+            if unit.script is None:
+                continue
+            script = unit.script()
+            wave = next(script)
+            total += len(wave) * turns * samples
+            answered += sum(one.id in journal for one in wave)
+            with suppress(StopIteration):
+                while all(one.id in journal for one in wave):
+                    wave = script.send([journal[one.id] for one in wave])
+                    answered += sum(one.id in journal for one in wave)
+        return total, answered
 
     @property
     def own_mode(self) -> bool:
@@ -209,10 +232,13 @@ def generate(argv: list[str]) -> int:
     program = f"smol-post generate {kind if kind in kinds else '|'.join(kinds)}"
     runner.interrupt_on_sigterm()
     try:
-        arguments, pairs = runner.parse(runner.parser(program, stage=None), argv[kind is not None :])
+        made = runner.parser(program, stage=None)
+        made.description, made.epilog = _ABOUT
+        arguments, pairs = runner.parse(made, argv[kind is not None :])
         if kind not in kinds:
-            hint = did_you_mean(str(kind), kinds)
-            raise Refusal(f"generate {kind or ''}: wanted one of {', '.join(kinds)}{hint if kind else ''}")
+            found = f" {kind}" if kind else ""
+            hint = did_you_mean(kind, kinds) if kind else ""
+            raise Refusal(f"generate{found}: wanted one of {', '.join(kinds)}{hint}")
         if arguments.recipe is None:
             raise Refusal(f"no recipe given; type: {program} --config recipes/smollm3/{kind}.yaml")
         path = Path(arguments.recipe)
@@ -242,8 +268,7 @@ def make(recipe: Generation, job: Job) -> int:
         say(f"{job.name}: whole already, kept: {out}")
         return EXIT_OK
     locks.check(out, what="a generation")
-    Journal(out)
-    total = work.num_requests()
+    total, answered = work.num_requests(Journal(out))
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = locks.take(out, what="a generation")
@@ -253,8 +278,10 @@ def make(recipe: Generation, job: Job) -> int:
         started = time.monotonic()
         (out / manifest.MANIFEST).unlink(missing_ok=True)
         journal = Journal(out).open()
+        whom = ", ".join(str(one.base_url or one.checkpoint) for one in work.teachers.values())
+        say(f"{job.name}: {total:,} requests at most, {answered:,} of them answered before; asking {whom}")
         progress = Progress(work, total)
-        progress.known(len(journal))
+        progress.known(answered)
         try:
             Asking(work, journal, progress).run()
         finally:

@@ -77,7 +77,7 @@ class Server:
                 except openai.APIStatusError as error:
                     status, reason = (
                         error.status_code,
-                        f"status {error.status_code}: {self._plain(error.message)}",
+                        f"status {error.status_code}: {self._plain(said(error))}",
                     )
                     if status in HOPELESS:
                         raise Failure(f"{self._where()}: {reason}; mend model, address or key") from None
@@ -153,6 +153,11 @@ class Server:
         """A reason in one line, without the key."""
         text = " ".join(text.split())
         return (text.replace(self._key, "***") if self._key != "none" else text)[:400]
+
+
+def said(error: Any) -> str:
+    """What a server said with a status; its whole body where that has no message for the client to find."""
+    return error.message if " - " in error.message or not error.body else f"{error.message} - {error.body}"
 
 
 def read(made: Any, mode: str) -> dict[str, Any]:

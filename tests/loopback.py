@@ -3,7 +3,8 @@
     with Loopback(answer=lambda body: "5", faults=["503", "reset"]) as server: ...server.url...
 
 Faults are taken one a request, in turn, before the first answer: a status (with `;SECONDS` as Retry-After),
-"reset" (the connection is cut), "hang" (no answer), "torn" (half an answer), "html" (no chat completion).
+"reset" (the connection is cut), "hang" (no answer), "torn" (half an answer), "html" (no chat completion),
+"detail" (status 400, the reason by another key than OpenAI's).
 """
 
 import json
@@ -89,6 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(3)
         elif fault == "html":
             self.send(200, b"<html>welcome</html>", kind="text/html")
+        elif fault == "detail":
+            self.send(400, json.dumps({"detail": f"only serves another model, not {body['model']}"}).encode())
         elif fault in (None, "torn"):
             said = self.server.answer(body)
             message = said if isinstance(said, dict) else {"content": said}

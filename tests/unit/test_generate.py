@@ -202,6 +202,22 @@ def test_one_request_that_is_refused_is_written_down_and_the_run_goes_on(tmp_pat
     assert failed["failed"] == "status 400: Error code: 400 - fault 400"
 
 
+def test_a_refusal_is_told_in_the_servers_own_words_whatever_their_key(tmp_path: Path, capsys: Any) -> None:
+    with Loopback(reasoned, fault=lambda body: "detail") as server:
+        assert run(tmp_path, recipe(server)) == 1
+    assert "only serves" in capsys.readouterr().err
+
+
+def test_it_says_at_the_start_how_much_of_this_recipe_is_answered(tmp_path: Path, capsys: Any) -> None:
+    with Loopback(reasoned) as server:
+        assert run(tmp_path, recipe(server)) == 0
+        assert "6 requests at most, 0 of them answered before" in capsys.readouterr().out
+        assert run(tmp_path, recipe(server, num_samples=2)) == 0
+        assert "12 requests at most, 6 of them answered before" in capsys.readouterr().out
+        assert run(tmp_path, recipe(server, teacher={"temperature": 0.5})) == 0
+        assert "6 requests at most, 0 of them answered before" in capsys.readouterr().out
+
+
 def test_no_more_requests_are_under_way_than_the_recipe_allows(tmp_path: Path) -> None:
     with Loopback(reasoned, seconds=0.02) as server:
         run(tmp_path, recipe(server, number=20, teacher={"concurrency": 3}))
@@ -336,7 +352,7 @@ def test_without_a_strong_teacher_the_rows_own_answers_are_chosen_in_their_own_m
         assert rows[question["content"]]["chat_template_kwargs"] == content["chat_template_kwargs"]
 
 
-def test_conversations_go_on_turn_by_turn_with_what_was_answered(tmp_path: Path) -> None:
+def test_conversations_go_on_turn_by_turn_with_what_was_answered(tmp_path: Path, capsys: Any) -> None:
     with Loopback(lambda body: reasoned(body) | {"content": f"answer {len(body['messages'])}"}) as server:
         tree = recipe(server, "turns", modes=["think", "no_think"], number=3, deduplicate=None)
         tree["turns"] = {"num_turns": 3, "kinds": ["punctuation:no_comma"]}
@@ -344,6 +360,7 @@ def test_conversations_go_on_turn_by_turn_with_what_was_answered(tmp_path: Path)
         asked = len(server.asked)
         assert run(tmp_path, tree, "filters.max_tokens=9999") == 0
         assert len(server.asked) == asked
+        assert f" {asked} of them answered before" in capsys.readouterr().out
     assert counts(tmp_path)["kept"] == 6
     assert asked == sum(len(entry["ids"]) for entry in lines(tmp_path, "ledger.jsonl"))
     for row in lines(tmp_path):
