@@ -335,8 +335,8 @@ def tool_pairs(
 
     `calc 3+4*2?`: a call of calc with `3+4*2` is chosen, `4` rejected.  Plain `3+4*2?` (`plain_share`): the
     reverse. Of the asked ones, `answer_share` go on to calc's result `4`: the answer `4` is chosen; the other
-    mode's answer or, every second time, the same call again rejected. Pairs without tools, alone, teach a
-    model to answer where it called; pairs without results, to do what it will with a result.
+    mode's answer or, every second time, the same call again rejected. APO without pairs of a kind unlearns
+    what SFT taught of it: the call, or the answer after it.
     """
     think, python = rng.random() < think_share, rng.random() < python_share
     plain, problem = rng.random() < plain_share, _problem(rng, min_steps, max_steps)
