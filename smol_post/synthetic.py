@@ -327,22 +327,33 @@ def tool_pairs(
     think_share: float = 0.4,
     python_share: float = 0.3,
     plain_share: float = 0.3,
+    answer_share: float = 0.4,
     min_steps: int = 1,
     max_steps: int = 2,
 ) -> Row:
-    """Chosen calls calc where the user asks for it and answers plain questions; rejected does the opposite.
+    """Chosen calls calc where the user asks for it, tells its result, and answers plain questions itself.
 
     `calc 3+4*2?`: a call of calc with `3+4*2` is chosen, `4` rejected.  Plain `3+4*2?` (`plain_share`): the
-    reverse. Pairs without tools, alone, teach a model to answer where it called.
+    reverse. Of the asked ones, `answer_share` go on to calc's result `4`: the answer `4` is chosen; the other
+    mode's answer or, every second time, the same call again rejected. APO without pairs of a kind unlearns
+    what SFT taught of it: the call, or the answer after it.
     """
     think, python = rng.random() < think_share, rng.random() < python_share
     plain, problem = rng.random() < plain_share, _problem(rng, min_steps, max_steps)
-    ask, call, *_ = _call(problem, think=think, python=python)
+    ask, call, result, answer = _call(problem, think=think, python=python)
     reply = _assistant(_reply(rng, problem, think))
+    if plain:
+        prompt, chosen, rejected = [_ask(problem)], reply, call
+    elif rng.random() < answer_share:
+        value = result["content"]
+        other_mode = _assistant(value if think else f"{value}\n</think>\n{value}")
+        prompt, chosen, rejected = [ask, call, result], answer, rng.choice((other_mode, call))
+    else:
+        prompt, chosen, rejected = [ask], call, reply
     return {
-        "prompt": [_ask(problem) if plain else ask],
-        "chosen": [reply if plain else call],
-        "rejected": [call if plain else reply],
+        "prompt": prompt,
+        "chosen": [chosen],
+        "rejected": [rejected],
         "chat_template_kwargs": {"enable_thinking": think, **_tools(python)},
     }
 

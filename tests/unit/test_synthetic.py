@@ -206,7 +206,7 @@ def test_a_tool_at_hand_is_left_alone_where_the_user_does_not_ask_for_it(tokeniz
 
 def test_a_pair_about_a_tool_prefers_the_call_that_is_asked_for_and_no_other(tokenizer):
     calls = 0
-    for row in rows("tool_pairs", plain_share=0.5):
+    for row in rows("tool_pairs", plain_share=0.5, answer_share=0.0):
         turns = {"chosen": "", "rejected": ""}
         for side in turns:
             one = {"messages": row["prompt"] + row[side], "chat_template_kwargs": row["chat_template_kwargs"]}
@@ -221,6 +221,26 @@ def test_a_pair_about_a_tool_prefers_the_call_that_is_asked_for_and_no_other(tok
         assert row["chat_template_kwargs"]["enable_thinking"] is answer.startswith("<think>")
         calls += wanted
     assert calls / NUM_ROWS == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_pair_about_a_result_prefers_telling_it_in_the_mode_that_is_asked_for(tokenizer):
+    found = rows("tool_pairs", plain_share=0.0, answer_share=0.4)
+    told = [row for row in found if len(row["prompt"]) > 1]
+    assert len(told) / NUM_ROWS == pytest.approx(0.4, abs=0.1)
+    faults = set()
+    for row in told:
+        chosen, rejected = (
+            trained_turns({**row, "messages": row["prompt"] + row[side]}, tokenizer)
+            for side in ("chosen", "rejected")
+        )
+        (call, answer), value = chosen, row["prompt"][2]["content"]
+        think = row["chat_template_kwargs"]["enable_thinking"]
+        assert answer == (f"<think>\n{value}\n</think>\n" if think else "") + value
+        assert rejected[0] == call
+        fault = "call" if rejected[1] == call else "mode"
+        assert fault == "call" or rejected[1] == (value if think else f"{value}\n</think>\n{value}")
+        faults.add((fault, think))
+    assert len(faults) == 4
 
 
 def test_a_fault_makes_a_pair():
