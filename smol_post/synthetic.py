@@ -335,7 +335,7 @@ def tool_pairs(
 
     `calc 3+4*2?`: a call of calc with `3+4*2` is chosen, `4` rejected.  Plain `3+4*2?` (`plain_share`): the
     reverse. Of the asked ones, `answer_share` go on to calc's result `4`: the answer `4` is chosen, the same
-    call again rejected. APO without pairs of a kind unlearns what SFT taught: the call, or the answer after it.
+    call again rejected. APO without pairs of a kind unlearns what SFT taught: the call, or the answer.
     """
     think, python = rng.random() < think_share, rng.random() < python_share
     plain, problem = rng.random() < plain_share, _problem(rng, min_steps, max_steps)
