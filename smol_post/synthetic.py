@@ -334,9 +334,8 @@ def tool_pairs(
     """Chosen calls calc where the user asks for it, tells its result, and answers plain questions itself.
 
     `calc 3+4*2?`: a call of calc with `3+4*2` is chosen, `4` rejected.  Plain `3+4*2?` (`plain_share`): the
-    reverse. Of the asked ones, `answer_share` go on to calc's result `4`: the answer `4` is chosen; the other
-    mode's answer or, every second time, the same call again rejected. APO without pairs of a kind unlearns
-    what SFT taught of it: the call, or the answer after it.
+    reverse. Of the asked ones, `answer_share` go on to calc's result `4`: the answer `4` is chosen, the same
+    call again rejected. APO without pairs of a kind unlearns what SFT taught: the call, or the answer.
     """
     think, python = rng.random() < think_share, rng.random() < python_share
     plain, problem = rng.random() < plain_share, _problem(rng, min_steps, max_steps)
@@ -345,9 +344,7 @@ def tool_pairs(
     if plain:
         prompt, chosen, rejected = [_ask(problem)], reply, call
     elif rng.random() < answer_share:
-        value = result["content"]
-        other_mode = _assistant(value if think else f"{value}\n</think>\n{value}")
-        prompt, chosen, rejected = [ask, call, result], answer, rng.choice((other_mode, call))
+        prompt, chosen, rejected = [ask, call, result], answer, call
     else:
         prompt, chosen, rejected = [ask], call, reply
     return {

@@ -223,24 +223,18 @@ def test_a_pair_about_a_tool_prefers_the_call_that_is_asked_for_and_no_other(tok
     assert calls / NUM_ROWS == pytest.approx(0.5, abs=0.1)
 
 
-def test_a_pair_about_a_result_prefers_telling_it_in_the_mode_that_is_asked_for(tokenizer):
+def test_a_pair_about_a_result_prefers_telling_it_over_another_call(tokenizer):
     found = rows("tool_pairs", plain_share=0.0, answer_share=0.4)
     told = [row for row in found if len(row["prompt"]) > 1]
     assert len(told) / NUM_ROWS == pytest.approx(0.4, abs=0.1)
-    faults = set()
     for row in told:
-        chosen, rejected = (
+        (call, answer), rejected = (
             trained_turns({**row, "messages": row["prompt"] + row[side]}, tokenizer)
             for side in ("chosen", "rejected")
         )
-        (call, answer), value = chosen, row["prompt"][2]["content"]
-        think = row["chat_template_kwargs"]["enable_thinking"]
+        think, value = row["chat_template_kwargs"]["enable_thinking"], row["prompt"][2]["content"]
         assert answer == (f"<think>\n{value}\n</think>\n" if think else "") + value
-        assert rejected[0] == call
-        fault = "call" if rejected[1] == call else "mode"
-        assert fault == "call" or rejected[1] == (value if think else f"{value}\n</think>\n{value}")
-        faults.add((fault, think))
-    assert len(faults) == 4
+        assert rejected == [call, call]
 
 
 def test_a_fault_makes_a_pair():
