@@ -425,5 +425,6 @@ def _finish(
             f"rejected {gap['rejected_mean']:.1f} (median {gap['rejected_median']:g}), chosen longer in "
             f"{gap['chosen_longer']:.0%}, AUC {gap['auc']:.2f}"
         )
-    if warning := sifting.length_warning(gap):
-        say(f"{job.name}: {warning}", error=True)
+    for warning in (sifting.advice(summary), sifting.length_warning(gap)):
+        if warning:
+            say(f"{job.name}: {warning}", error=True)

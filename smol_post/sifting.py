@@ -159,6 +159,27 @@ def length_warning(gap: dict[str, float] | None) -> str | None:
     )
 
 
+_REMEDIES = {
+    "failed": "answers.jsonl says why of each",
+    "unfinished": "raise the teacher's max_new_tokens",
+    "wrong_mode": "try mode_by: system; a teacher that does not think has modes: [no_think], mode_by: none",
+}
+
+
+def advice(summary: dict[str, Any]) -> str | None:
+    """A line where one fault that a recipe can mend left out half of the candidates or more; else None.
+
+    >>> advice({"kept": 1, "rejected": {"unfinished": 8}})
+    "8 of 9 answers are unfinished: raise the teacher's max_new_tokens"
+    >>> advice({"kept": 9, "rejected": {"unfinished": 8}})
+    """
+    number, reason = max((summary["rejected"].get(one, 0), one) for one in _REMEDIES)
+    total = summary["kept"] + sum(summary["rejected"].values())
+    if not number or 2 * number < total:
+        return None
+    return f"{number:,} of {total:,} answers are {reason}: {_REMEDIES[reason]}"
+
+
 _TEXTS = ("role", "content", *REASONING_KEYS, "name", "tool_call_id")
 
 

@@ -218,6 +218,14 @@ def test_it_says_at_the_start_how_much_of_this_recipe_is_answered(tmp_path: Path
         assert "6 requests at most, 0 of them answered before" in capsys.readouterr().out
 
 
+def test_where_half_is_left_out_for_one_fault_it_says_what_mends_it(tmp_path: Path, capsys: Any) -> None:
+    with Loopback(lambda body: {"content": f"I think not, {body['messages'][-1]['content']}"}) as server:
+        assert run(tmp_path, recipe(server)) == 0
+        assert "6 of 6 answers are wrong_mode: try mode_by: system" in capsys.readouterr().err
+        assert run(tmp_path, recipe(server, modes=["no_think"], teacher={"mode_by": "none"})) == 0
+        assert capsys.readouterr().err == ""
+
+
 def test_no_more_requests_are_under_way_than_the_recipe_allows(tmp_path: Path) -> None:
     with Loopback(reasoned, seconds=0.02) as server:
         run(tmp_path, recipe(server, number=20, teacher={"concurrency": 3}))
