@@ -4,7 +4,7 @@
     {"reasoning_content": "2+3=5", "content": "5"}  ->  "<think>\\n2+3=5\\n</think>\\n5"
 
 A request's id is a digest of all that could change its answer, and of nothing else: where the server is, and
-how often it was tried, is no part of it.
+how often it was tried, is no part of it. Which teacher it is for is: two servers may call their models alike.
 """
 
 import json
@@ -60,7 +60,7 @@ class Request:
     @cached_property
     def id(self) -> str:
         """32 hexadecimal digits; the same wherever, whenever and of whichever row the same is asked."""
-        return manifest.digest_tree([self.body, self.prompt.mode, self.sample])[7:39]
+        return manifest.digest_tree([self.teacher, self.body, self.prompt.mode, self.sample])[7:39]
 
 
 def prompts(
@@ -92,17 +92,16 @@ def _split(raw: Mapping[str, Any]) -> tuple[Messages, dict[str, Any], str | None
     given = raw.get("messages") or raw.get("prompt")
     given = [{"role": "user", "content": given}] if isinstance(given, str) else given
     messages, variables = clean_row({**raw, "messages": given})
-    last = max((at for at, one in enumerate(messages) if one["role"] == "assistant"), default=None)
-    if last is None:
+    if messages[-1]["role"] != "assistant":
         own = raw.get("completion")
         return _ending(messages), variables, own if isinstance(own, str) else None
-    return _ending(messages[:last]), variables, _text(messages[last])
+    return _ending(messages[:-1]), variables, _text(messages[-1])
 
 
 def _ending(messages: Messages) -> Messages:
     if not messages or messages[-1]["role"] in ("system", "assistant"):
         found = ", ".join(one["role"] for one in messages) or "nothing"
-        raise ValueError(f"no prompt: before its last answer stands {found}, wanted a question at the end")
+        raise ValueError(f"no prompt: before the answer stands {found}, wanted a question at the end")
     return messages
 
 
@@ -145,15 +144,20 @@ def request(
 def _wire(messages: Messages, system: list[str]) -> Messages:
     """Messages as OpenAI's schema has them, with lines added to the system message."""
     found = [{key: one for key, one in message.items() if key != "weight"} for message in messages]
-    for message in found:
-        calls = [function_of(call) for call in message.get("tool_calls") or []]
-        if calls:
+    waiting: list[str] = []  # ids of calls without a result; without ids of their own, results are in order
+    for number, message in enumerate(found):
+        if calls := message.get("tool_calls"):
+            waiting = [str(call.get("id") or f"call_{number}_{at}") for at, call in enumerate(calls)]
             message["tool_calls"] = [
-                {"id": f"call_{at}", "type": "function", "function": {**call, "arguments": _arguments(call)}}
-                for at, call in enumerate(calls)
-            ]
-        if message["role"] == "tool":
-            message.setdefault("tool_call_id", "call_0")
+                {"id": key, "type": "function",
+                 "function": {"name": function_of(call)["name"], "arguments": _arguments(function_of(call))}}
+                for key, call in zip(waiting, calls, strict=True)
+            ]  # fmt: skip
+        elif message["role"] == "tool":
+            own = message.get("tool_call_id")
+            key = own if own in waiting else waiting[0] if waiting else own or "call_0"
+            waiting = [one for one in waiting if one != key]
+            message["tool_call_id"] = key
     if not system:
         return found
     if found and found[0]["role"] == "system":
@@ -229,9 +233,11 @@ def key_of(teacher: Teacher, *, where: Path) -> str:
 
     if teacher.api_key_env is None:
         return "none"
-    if not (key := os.environ.get(teacher.api_key_env)):
+    if not (key := os.environ.get(teacher.api_key_env, "").strip()):
         raise Refusal(
             f"{where}: api_key_env: the environment has no {teacher.api_key_env}; export it, or "
             "leave api_key_env out"
         )
+    if not (key.isascii() and key.isprintable()):  # an error of the client would quote it
+        raise Refusal(f"{where}: api_key_env: {teacher.api_key_env} holds what no header takes; mend it")
     return key

@@ -26,6 +26,15 @@ _REASONS = {
     "length_skewed": "one answer much longer than the other",
     "contaminated": "shares n words in a row with an evaluation suite",
     "duplicate": "there already, or one near it",
+    "failed": "the teacher would not answer",
+    "both_right": "the rejected answer is right as well",
+    "over_max_kept": "enough answers to this prompt were kept",
+    "bad_row": "the row of the source cannot be read; not asked",
+    "other_mode": "the row fixes a mode that was not asked for; not asked",
+    "fixed_mode": "the row fixes a mode, which is to switch; not asked",
+    "no_question": "the row does not end with a question; not asked",
+    "no_answer": "the row has no answer to be chosen; not asked",
+    "python_tools": "a server has no place for the row's tools; not asked",
 }
 _COLUMNS = {
     "messages": "the conversation; thoughts stand in `<think>` blocks of the content, and a turn with "
@@ -83,7 +92,7 @@ def _body(about: Mapping[str, Any]) -> str:
     ledger, recipe = about["ledger"], about["recipe"]
     parts = [
         f"# {about['name']}",
-        f"{_KINDS[about['stage']]} Every answer was written by a model, none by a person. "
+        f"{_KINDS[about['stage']]} {_whose(about)} "
         f"{ledger['rows']:,} rows, {ledger['tokens']['kept']:,} tokens of answers.",
         "## How it was made",
         _table(["teacher", "what", "sampling"], [_teacher(*one) for one in about["teachers"].items()]),
@@ -93,7 +102,7 @@ def _body(about: Mapping[str, Any]) -> str:
         f"{ledger['kept']:,} candidates were kept. The others, by the first rule that they break:",
         _table(
             ["reason", "candidates", "meaning"],
-            [[key, f"{count:,}", _REASONS.get(key, "")] for key, count in ledger["rejected"].items()],
+            [[key, f"{count:,}", _meaning(key)] for key, count in ledger["rejected"].items()],
         ),
         *_contamination(recipe.get("decontaminate"), ledger.get("contaminated") or {}),
         *_lengths(ledger.get("length_gap")),
@@ -114,6 +123,12 @@ def _body(about: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _whose(about: Mapping[str, Any]) -> str:
+    if about["stage"] == "pairs" and "strong" not in about["teachers"]:
+        return "Rejected answers were written by a model; chosen ones are those of the sources."
+    return "Answers without a `weight` were written by a model, none by a person."
+
+
 def _table(heads: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; nothing without rows."""
     lines = [heads, ["---"] * len(heads), *rows] if rows else []
@@ -127,6 +142,13 @@ def _teacher(key: str, about: Mapping[str, Any]) -> list[str]:
     others = {name: value for name, value in about.items() if name not in ("model", "checkpoint")}
     said = ", ".join(f"{name} {value}" for name, value in others.items() if value not in (None, {}, []))
     return [key, what, said]
+
+
+def _meaning(reason: str) -> str:
+    whose, _, fault = reason.partition("_")
+    if whose in ("chosen", "rejected") and fault in _REASONS:
+        return f"of the {whose} answer: {_REASONS[fault]}"
+    return _REASONS.get(reason, "")
 
 
 def _source(about: Mapping[str, Any], name: str) -> list[str]:

@@ -120,12 +120,12 @@ _WRITTEN = [  # LaTeX and typography -> plain numbers
     (re.compile("(?<=\\d)(?:\\\\[,!]|[\u00a0\u202f\u2009])(?=\\d{3})"), ""),
     (re.compile(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}"), r" \1/\2"),
     (re.compile(r"-\s+(?=\d+/\d)"), "-"),
-    (re.compile(r"\s*(?:\\times|\\cdot|\u00d7|\*)\s*10\s*\^\s*\{?([-+]?\d{1,3})\}?"), r"e\1"),
+    (re.compile(r"(?<!\s)\s*(?:\\times|\\cdot|\u00d7|\*)\s*10\s*\^\s*\{?([-+]?\d{1,3})\}?"), r"e\1"),
     (re.compile("\\\\?[$\u20ac\u00a3]"), ""),
 ]
 _NUMBER = re.compile(
-    r"(?<![A-Za-z\d.])(?P<sign>(?<![\w)\]}.])[-+])?(?:(?P<whole>\d{1,100})\s+(?=\d+/\d))?"
-    r"(?P<top>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d{1,100})?|\d{1,100}(?:\.\d{1,100})?|\.\d{1,100})"
+    r"(?<![A-Za-z\d.])(?P<sign>(?<![\w)\]}.])[-+])?(?:(?P<whole>\d{1,100})\s{1,9}(?=\d+/\d))?"
+    r"(?P<top>\d{1,3}(?:,\d{3}){1,33}(?!\d|,\d{3})(?:\.\d{1,100})?|\d{1,100}(?:\.\d{1,100})?|\.\d{1,100})"
     r"(?:[eE](?P<ten>[-+]?\d{1,3})(?![\d.]))?(?:\s*/\s*(?P<bottom>0*[1-9]\d{0,99})(?![\d.]))?"
 )
 
@@ -181,7 +181,7 @@ def _numeric(check: Check, row: Mapping[str, Any]) -> Callable[[str], bool]:
 
 # A letter, adorned or not; A and I are words too, and none where a word in small letters follows.
 _LETTER = re.compile(
-    r"(?:(?:option|choice|is)\s+)*[\s*_(\[{$]*(?:\\text\w*\{)?\(?([A-Z])(?![\w'])"
+    r"(?:(?:option|choice|is)\s)*[\s*_(\[{$]*(?:\\text\w*\{)?\(?([A-Z])(?![\w'])"
     r"(?!(?<=[AI]) [a-z])(?P<rest>.*)",
     re.DOTALL,
 )
@@ -228,17 +228,15 @@ def _choice(check: Check, row: Mapping[str, Any]) -> Callable[[str], bool]:
     return lambda text: letter(text, options) == wanted
 
 
-_FENCE = re.compile(r"```(?:json|JSON)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
+_FENCE = re.compile(r"```(?:json|JSON)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
 def _json_schema(check: Check, row: Mapping[str, Any]) -> Callable[[str], bool]:
-    try:
-        import jsonschema
-        import jsonschema.validators
-        import referencing
-        import referencing.exceptions
-    except ImportError as error:
-        raise Refusal(f"json_schema: {error}; pip install 'smol_post[generate]'") from None
+    import jsonschema
+    import jsonschema.validators
+    import referencing
+    import referencing.exceptions
+
     given = row[check.column]
     try:
         schema = json.loads(given) if isinstance(given, str) else given
@@ -246,7 +244,7 @@ def _json_schema(check: Check, row: Mapping[str, Any]) -> Callable[[str], bool]:
             raise ValueError(f"found {describe(given)}, wanted a schema")
         kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
         kind.check_schema(schema)
-    except (ValueError, RecursionError, jsonschema.SchemaError) as error:
+    except (ValueError, AttributeError, RecursionError, jsonschema.SchemaError) as error:
         reason = " ".join(str(getattr(error, "message", error)).split())
         raise ValueError(f"{check.column}: no JSON schema ({reason})") from None
     validator = kind(schema, registry=referencing.Registry())  # which fetches nothing
@@ -261,6 +259,8 @@ def _json_schema(check: Check, row: Mapping[str, Any]) -> Callable[[str], bool]:
             return validator.is_valid(value)
         except referencing.exceptions.Unresolvable as error:
             raise Refusal(f"{check.column}: the schema refers to {error.ref!r}, which is not in it") from None
+        except RecursionError:
+            raise Refusal(f"{check.column}: the schema, or what it is held against, has no end") from None
 
     return holds
 

@@ -9,6 +9,7 @@ against each other.
 """
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
@@ -59,8 +60,8 @@ class Suites:
     def _add(self, name: str, texts: Texts) -> None:
         counts: Counter[int] = Counter()
         for text in texts:
-            words = _WORD.findall(text.lower())
-            if len(words) < self.n:
+            words = _words(text)
+            if 0 < len(words) < self.n:  # of marks alone there are lines in any text
                 self._short.setdefault(_plain(text), len(self.names))
             counts.update(set(_grams(words, self.n)))
         for gram, number in counts.items():
@@ -70,14 +71,17 @@ class Suites:
 
     def find(self, text: str) -> str | None:
         """The first suite that has something in common with a text; None: none has."""
-        found = next((self._grams[one] for one in self._grams_of(text) if one in self._grams), None)
+        grams = _grams(_words(text), self.n)
+        found = next((self._grams[one] for one in grams if one in self._grams), None)
         if found is None and self._short:
             whole = (_plain(one) for one in (text, *text.splitlines()))
             found = next((self._short[one] for one in whole if one in self._short), None)
         return None if found is None else self.names[found]
 
-    def _grams_of(self, text: str) -> Iterator[int]:
-        return _grams(_WORD.findall(text.lower()), self.n)
+
+def _words(text: str) -> list[str]:
+    """Words in one case and one Unicode form, of which accents and widths have several."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 def _grams(words: list[str], n: int) -> Iterator[int]:
@@ -86,7 +90,7 @@ def _grams(words: list[str], n: int) -> Iterator[int]:
 
 def _plain(text: str) -> str:
     """A text without what does not count between rows: case, and how much space there is."""
-    return " ".join(text.casefold().split())
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
 def questions(recipe: EvalsRecipe) -> Iterator[tuple[str, Texts]]:
@@ -158,7 +162,10 @@ def _tasks(asked: Harness) -> Iterator[tuple[str, Texts]]:
     for one in harness.load(asked):
         for task in one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one]:
             texts = [(task.doc_to_text(doc), doc) for doc in task.eval_docs]
-            yield task.task_name, [text if isinstance(text, str) else str(doc) for text, doc in texts]
+            yield (
+                task.task_name,
+                [text if isinstance(text, str) and text.strip() else str(doc) for text, doc in texts],
+            )
 
 
 def _texts_of(path: str) -> Iterator[str]:
@@ -211,7 +218,7 @@ class Seen:
         return False
 
     def _buckets(self, text: str) -> Iterator[int]:
-        words, n = _WORD.findall(text.lower()), self.config.n
+        words, n = _words(text), self.config.n
         if not self.config.near or len(words) < n:
             return iter(())
         grams = {" ".join(gram).encode() for gram in zip(*(words[at:] for at in range(n)), strict=False)}

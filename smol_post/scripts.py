@@ -59,16 +59,16 @@ def answer_of(reply: Mapping[str, Any]) -> Answer:
 
 
 def traces(recipe: Generation, prompt: Prompt, ask: Ask) -> Script:
-    """Samples of one teacher, each a row of its own."""
+    """Samples of one teacher, each a row of its own; turns that the prompt brings are not trained."""
     asked = [ask("teacher", prompt, sample) for sample in range(recipe.num_samples)]
-    check = _check(recipe, prompt)
+    check, earlier = _check(recipe, prompt), [turns.untrained(one) for one in prompt.messages]
     found = []
     for one, reply in zip(asked, (yield asked), strict=True):
         answer = answer_of(reply)
         reason = "failed" if "failed" in reply else None
         reason = reason or reject(answer, mode=prompt.mode, limits=recipe.filters, check=check)
         row = {
-            "messages": [*prompt.messages, {"role": "assistant", "content": answer.text}],
+            "messages": [*earlier, {"role": "assistant", "content": answer.text}],
             "chat_template_kwargs": prompt.kwargs(),
             "source": prompt.source,
         }

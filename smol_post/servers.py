@@ -21,6 +21,7 @@ from smol_post.refusal import Failure
 
 RETRIED = (408, 409, 425, 429)
 HOPELESS = (401, 403, 404)
+CUT = ("length", "content_filter", "abort", "error")  # finish reasons; the last two are vLLM's
 LONGEST_WAIT = 60.0
 _SAY_EVERY = 30.0  # seconds between lines about a server that fails
 _FEW_TRIES = 4  # that a single request has, whatever becomes of the others
@@ -181,7 +182,7 @@ def read(made: Any, mode: str) -> dict[str, Any]:
     usage = made.usage
     return {
         "text": text,
-        "ended": finish != "length",
+        "ended": finish not in CUT,
         "tokens": usage.completion_tokens if usage else len(text.encode("utf-8", "replace")) // 4 + 1,
         "prompt_tokens": usage.prompt_tokens if usage else 0,
         "finish": finish,

@@ -76,11 +76,11 @@ def rows(
     its mode; answers of the turns before have weight 0, for they were said in another mode or are trained
     by a row before.
     """
-    said, ends = [_untrained(one) for one in messages[:-1]], list[int]()
+    said, ends = [untrained(one) for one in messages[:-1]], list[int]()
     for turn, answer in zip(turns, answers, strict=True):
         said += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": answer}]
         ends.append(len(said))
-    earlier = [_untrained(one) for one in said]
+    earlier = [untrained(one) for one in said]
     own = columns.pop("chat_template_kwargs", {})
     if len({turn.mode for turn in turns}) == 1:
         kept = [(said, turns[0].mode)]
@@ -94,5 +94,6 @@ def rows(
     ]
 
 
-def _untrained(message: Mapping[str, Any]) -> dict[str, Any]:
+def untrained(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message that carries no loss."""
     return {**message, "weight": 0} if message["role"] == "assistant" else dict(message)

@@ -106,6 +106,21 @@ def test_the_example_is_the_row_with_long_texts_cut(tmp_path: Path) -> None:
     assert shown == wanted
 
 
+def test_the_card_says_who_wrote_the_answers(tmp_path: Path) -> None:
+    assert "none by a person" in data_card.write(tmp_path, ABOUT).read_text()
+    teachers = {"weak": ABOUT["teachers"]["weak"]}
+    said = data_card.write(tmp_path, ABOUT | {"teachers": teachers}).read_text()
+    assert "chosen ones are those of the sources" in said
+    assert "none by a person" not in said
+
+
+def test_reasons_of_pairs_say_of_which_answer_they_are(tmp_path: Path) -> None:
+    ledger = ABOUT["ledger"] | {"rejected": {"rejected_wrong_mode": 3, "both_right": 2}}
+    said = data_card.write(tmp_path, ABOUT | {"ledger": ledger}).read_text()
+    assert "| rejected_wrong_mode | 3 | of the rejected answer: no thought in thinking mode" in said
+    assert "| both_right | 2 | the rejected answer is right as well |" in said
+
+
 def test_a_run_without_decontamination_says_so(tmp_path: Path) -> None:
     recipe = ABOUT["recipe"] | {"decontaminate": None}
     ledger = ABOUT["ledger"] | {"length_gap": None, "rejected": {}}

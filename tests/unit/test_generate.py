@@ -89,7 +89,7 @@ def test_what_a_row_brings_is_carried_along(tmp_path: Path) -> None:
     call = {"type": "function", "function": {"name": "calc", "arguments": {"sum": "2+3"}}}
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+3?"},
                 {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "5"},
-                {"role": "assistant", "content": "5"}, {"role": "user", "content": "thanks"}]  # fmt: skip
+                {"role": "assistant", "content": "5"}]  # fmt: skip
     row = {"messages": messages, "chat_template_kwargs": {"xml_tools": [json.dumps(tool)]}}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     with Loopback(reasoned) as server:
@@ -103,6 +103,41 @@ def test_what_a_row_brings_is_carried_along(tmp_path: Path) -> None:
     assert made["chat_template_kwargs"] == {"xml_tools": [json.dumps(tool)], "enable_thinking": True}
 
 
+def test_of_a_conversation_the_question_that_is_open_is_asked_and_only_its_answer_is_trained(
+    tmp_path: Path,
+) -> None:
+    said = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]
+    row = {"messages": [*said, {"role": "user", "content": "and 4+4?"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with Loopback(reasoned) as server:
+        assert run(tmp_path, recipe(server, sources=[{"name": "q", "path": "rows.jsonl"}])) == 0
+        assert [body["messages"] for body in server.asked] == [row["messages"]]
+    (made,) = lines(tmp_path)
+    assert made["messages"][:3] == [said[0], said[1] | {"weight": 0}, row["messages"][2]]
+    assert "weight" not in made["messages"][3]
+
+
+@pytest.mark.parametrize(
+    ("ids", "own", "wanted"),
+    [(["a", "b"], ["b", "a"], ["b", "a"]), (["a", "b"], [None, None], ["a", "b"]),
+     ([None, None], ["x", "y"], ["call_1_0", "call_1_1"])],
+)  # fmt: skip
+def test_every_result_goes_to_a_server_with_the_id_of_its_call(
+    ids: list[Any], own: list[Any], wanted: list[str]
+) -> None:
+    calls = [{"id": one, "type": "function", "function": {"name": "f", "arguments": {}}} for one in ids]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "2+3, 4+4?"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        *({"role": "tool", "content": "5"} | ({"tool_call_id": one} if one else {}) for one in own),
+    ]
+    teacher = generate_config.Teacher(base_url="http://a/v1", model="m")
+    prompt = asking.Prompt("q", 1, "think", messages, {}, None, {})
+    body = asking.request(teacher, "teacher", prompt, 0, model="m").body
+    assert [one["tool_call_id"] for one in body["messages"][2:]] == wanted
+    assert {one["id"] for one in body["messages"][1]["tool_calls"]} == set(wanted)
+
+
 @pytest.mark.parametrize(
     ("message", "mode", "text", "ended"),
     [
@@ -111,6 +146,7 @@ def test_what_a_row_brings_is_carried_along(tmp_path: Path) -> None:
         ({"content": "<think>\n\n</think>\n\n5"}, "no_think", "5", True),
         ({"content": None, "reasoning_content": "2+", "finish_reason": "length"}, "think",
          "<think>\n2+", False),
+        ({"content": "It is", "finish_reason": "content_filter"}, "no_think", "It is", False),
         ({"content": "", "tool_calls": [{"id": "a", "type": "function", "function": {
             "name": "f", "arguments": "{}"}}], "finish_reason": "tool_calls"}, "no_think",
          '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', True),
@@ -137,7 +173,9 @@ def test_a_request_has_the_id_of_what_is_asked_and_of_nothing_else() -> None:
     assert {digest(**keys) for keys in same} == {digest()}
     assert digest(asking.Prompt("other", 9, "think", prompt.messages, {}, "5", {})) == digest()
     tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    teacher = generate_config.Teacher(**given)
     others = [
+        asking.request(teacher, "weak", prompt, 0, model="m").id,  # of a server whose model is called alike
         *(digest(**keys) for keys in ({"model": "n"}, {"temperature": 0.1}, {"max_new_tokens": 9},
                                       {"extra_body": {"top_k": 1}}, {"seed": 1}, {"mode_by": "system"})),
         digest(sample=1),
@@ -259,6 +297,10 @@ def test_a_key_is_read_from_the_environment_and_written_nowhere(
         monkeypatch.setenv("MY_TEACHER_KEY", key)
         assert run(tmp_path, tree) == 0
         assert {one["authorization"] for one in server.headers} == {f"Bearer {key}"}
+        monkeypatch.setenv("MY_TEACHER_KEY", f"{key}\n")  # as files of secrets end
+        assert run(tmp_path, tree, "teacher.temperature=0.5") == 0
+        monkeypatch.setenv("MY_TEACHER_KEY", f"{key}\nx")
+        assert run(tmp_path, tree, "teacher.temperature=0.4") == 2
     said = capsys.readouterr()
     texts = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(key in text for text in [*texts, said.out, said.err])

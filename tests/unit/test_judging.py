@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,29 @@ def test_a_schema_that_refers_elsewhere_fetches_nothing(tmp_path: Path) -> None:
         check("json_schema", "{}", {"ref": {"$ref": (tmp_path / "s.json").as_uri()}})
 
 
+def test_a_schema_that_has_no_end_is_a_refusal() -> None:
+    with pytest.raises(Refusal, match="ref: the schema, or what it is held against, has no end"):
+        check("json_schema", "{}", {"ref": {"$ref": "#"}})
+
+
+@pytest.mark.parametrize(
+    "text", ["x{}y 7", "1{}x 7", "1{}2/ 7", "is{}x 7", "```json\n{}x", "-{}7", "answer{}7"]
+)
+def test_no_answer_takes_long_to_judge(text: str) -> None:
+    """Blanks by the ten thousand, as models write that lose their way."""
+    started = time.monotonic()
+    for blank in (" ", "\n", "\t \n"):
+        long = text.format(blank * (50_000 // len(blank)))
+        judging.number(long)
+        judging.letter(long, ["Oslo", "Rome"])
+        check("json_schema", long, {"ref": {}})
+    assert time.monotonic() - started < 2
+
+
+def test_a_number_too_long_to_be_one_is_a_wrong_answer() -> None:
+    assert not check("numeric", f"It is 1{',234' * 2000}", {"ref": 7})
+
+
 def test_constraints_are_those_of_ifeval_null_filled_by_arrow() -> None:
     ids = ["punctuation:no_comma", "detectable_format:number_highlighted_sections"]
     for kwargs in ([{"num_highlights": None}, {"num_highlights": 2}], ["{}", '{"num_highlights": 2}']):
@@ -274,6 +298,7 @@ def test_constraints_are_those_of_ifeval_null_filled_by_arrow() -> None:
         ),
         ("json_schema", {"ref": {"type": "thing"}}, {}, "row 3: ref: no JSON schema ('thing' is not valid"),
         ("json_schema", {"ref": "{"}, {}, "row 3: ref: no JSON schema ("),
+        ("json_schema", {"ref": {"$schema": 7}}, {}, "row 3: ref: no JSON schema ("),
         ("json_schema", {"ref": 3}, {}, "row 3: ref: no JSON schema (found 3 (int), wanted a schema)"),
         ("constraints", {"ref": ["punctuation:no_comma"]}, {}, "row 3: kwargs: missing, found ref"),
         ("constraints", {"ref": ["no_comma"], "kwargs": [{}]}, {}, "row 3: ref: lm-eval knows no 'no_comma'"),

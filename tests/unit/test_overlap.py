@@ -40,6 +40,18 @@ def test_case_and_punctuation_make_no_difference(tmp_path: Path) -> None:
     assert suites(tmp_path, [" ".join(question)]).find(" -- ".join(question).upper() + "?!")
 
 
+def test_the_unicode_form_makes_no_difference(tmp_path: Path) -> None:
+    question = "\u00e9t\u00e9 " * 12 + "\uff21\uff22\uff23"
+    assert suites(tmp_path, [question]).find("e\u0301te\u0301 " * 12 + "abc")
+    assert suites(tmp_path, ["Caf\u00e9?"]).find("cafe\u0301?")
+
+
+def test_a_question_without_words_is_in_no_text(tmp_path: Path) -> None:
+    found = suites(tmp_path, [" ", "---", "2?"])
+    assert found.find("Hello.\n\n---\nIt rains.") is None
+    assert found.find("2?")
+
+
 def test_scripts_without_spaces_are_compared_too(tmp_path: Path) -> None:
     question = "\u5c0f\u660e\u6709\u4e09\u4e2a\u82f9\u679c\u4e24\u4e2a\u68a8\u4e00\u5171\u6709\u51e0\u4e2a"
     assert suites(tmp_path, [question]).find(f"\u95ee\uff1a{question}\u3002")
