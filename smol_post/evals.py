@@ -95,6 +95,7 @@ def evaluate_all(recipe: EvalsRecipe, jobs: Sequence[Job], *, only: str | None =
     folder = todo[0][2].parent
     folder.mkdir(exist_ok=True)
     with locks.take(folder, what="an evaluation"), disk.watched(folder):
+        say(f"evals: measuring {', '.join(one[3]['run'] for one in todo)}")
         # the last first: they have most to do
         if num_workers < 2 or not at_once(measure, todo[::-1], num_workers=num_workers):
             for one in todo:

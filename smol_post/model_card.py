@@ -7,6 +7,7 @@ checkpoint, is not said. A license stands there if the person who releases gave 
 from pathlib import Path
 from typing import Any
 
+from smol_post import inputs, manifest
 from smol_post.lineage import Node
 from smol_post.points import Point, metric_names
 from smol_post.report import (
@@ -20,6 +21,7 @@ from smol_post.report import (
     number,
     to_markdown,
 )
+from smol_post.strict import is_local, local_path
 
 TITLES = {
     "base": "a small base model from nothing",
@@ -73,7 +75,7 @@ def render(
         tables={
             "chain": to_markdown(chain_table(points)),
             "stages": to_markdown(stage_table(points)),
-            "sources": to_markdown(source_table(points)),
+            "sources": to_markdown(source_table(points, tree)),
             "modes": to_markdown(ledger_table(points, "mode")),
             "metrics": to_markdown(measured_table(point)) if not point.note else "",
             "gates": to_markdown(gates_table([point])) if point.gated else "",
@@ -97,8 +99,6 @@ def _sources(points: list[Point]) -> list[tuple[Point, dict[str, Any]]]:
 
 
 def _on_hub(source: dict[str, Any]) -> bool:
-    from smol_post.strict import is_local
-
     return bool(source.get("path")) and not is_local(source["path"])
 
 
@@ -135,15 +135,18 @@ def _besides(recipe: dict[str, Any]) -> list[str]:
     return [f"{name} {one if isinstance(one, str) else f'{one:g}'}" for name, one in found.items() if one]
 
 
-def source_table(points: list[Point]) -> Table:
-    """Where the data of each run came from, and how much of it there was."""
+def source_table(points: list[Point], tree: dict[str, Node]) -> Table:
+    """Where the data of each run came from, who wrote it if `generate` made it, and how much there was."""
     rows, shown = [], ""
+    folders = {"." if point is points[-1] else f"../{point.name}": point.name for point in points}
+    folders = {name: tree[key].folder for key, name in folders.items() if key in tree}
     for point, source in _sources(points):
         revision = (point.counts().get("revisions") or {}).get(source["name"])
         counts = (point.counts().get("by_source") or {}).get(source["name"]) or {}
         values = map(counts.get, ("num_documents", "num_tokens", "num_trained_tokens"))
         label = "" if point.name == shown else point.name
-        rows.append([Cell(label), Cell(source["name"]), Cell(_origin(source, revision)),
+        origin = _origin(source, revision) + _teachers(point, source, folders.get(point.name))
+        rows.append([Cell(label), Cell(source["name"]), Cell(origin),
                      *map(Cell, map(number, values))])  # fmt: skip
         shown = point.name
     return Table(["run", "source", "from", "rows", "tokens", "trained tokens"], rows, num_text_columns=3)
@@ -159,6 +162,23 @@ def _origin(source: dict[str, Any], revision: Any) -> str:
     text = " ".join(str(one) for one in place if one)
     text += f" at {str(revision)[:12]}" if isinstance(revision, str) else ""
     return text + (f", {fraction:g} of it" if fraction not in (None, 1) else "")
+
+
+def _teachers(point: Point, source: dict[str, Any], run_dir: Path | None) -> str:
+    """`, answers of Qwen/Qwen3-32B`, where the rows are still those that a generation beside them made.
+
+    Of a teacher on this disk the folder's name alone.
+    """
+    if run_dir is None or not source.get("path") or _on_hub(source):
+        return ""
+    path = local_path(source["path"], inputs.located(run_dir, point.manifest, "recipe").parent)
+    made = manifest.read_manifest(path.parent) if manifest.is_whole(path.parent) else {}
+    trained = (point.manifest.get("inputs") or {}).get("files", {}).get(f"sources.{source['name']}")
+    if trained is None or (made.get("made") or {}).get(path.name) != trained:
+        return ""
+    asked = [made["recipe"].get(key) or {} for key in ("teacher", "strong", "weak")]
+    names = [str(one.get("model") or one.get("checkpoint")) for one in asked if one]
+    return f", answers of {' and '.join(Path(one).name if is_local(one) else one for one in names)}"
 
 
 def merge_sentence(point: Point) -> str:

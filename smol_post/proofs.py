@@ -427,6 +427,7 @@ class Proofs(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Prove, write down, then judge."""
+        self.announce(f"verifying by {len(PROOFS)} proofs before step 1")
         report = rehearse(list(PROOFS), self.trainer, self.prepared, recipe=self.recipe)
         if state.is_world_process_zero:
             manifest.write_json(self.path, report)

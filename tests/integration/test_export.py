@@ -350,6 +350,7 @@ def test_results_of_something_else_are_measured_again_one_by_one_beside_an_accel
     evals.evaluate_all(recipe, plan.make_plan(chain[0], run_root=unmeasured, arguments=[]).pipeline)
     assert measured == ["base", "mid", *LATE]
     assert said[0] == "evals: long_context_1: kept, same checkpoint and suite"
+    assert f"evals: measuring {', '.join(measured)}" in said
 
 
 @pytest.mark.parametrize(("num_threads", "num_workers"), [(1, [4]), (2, [2]), (3, []), (None, [])])

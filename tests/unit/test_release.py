@@ -11,6 +11,7 @@ from smol_post import config, manifest, model_card, release
 from smol_post.lineage import Node
 from smol_post.points import Point
 from smol_post.refusal import Refusal
+from smol_post.report import to_markdown
 
 PLAIN = {"rope_type": "default", "rope_theta": 5e6}
 YARN = {"rope_type": "yarn", "rope_theta": 5e6, "factor": 2.0, "original_max_position_embeddings": 512}
@@ -128,6 +129,26 @@ def test_a_card_says_where_data_came_from_and_no_place_on_the_disk(rendered: str
     assert "| sft | chats | org/chats SFT train at 0123456789ab, 0.5 of it | 7 | 70 | 30 |" in rendered
     assert "| own | local file rows.jsonl |" in rendered
     assert "secret" not in rendered
+
+
+def test_a_card_names_the_teacher_of_generated_rows_while_they_are_those_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "traces").mkdir()
+    made = {"schema": manifest.SCHEMA, "run": "traces", "stage": "traces", "digest": "sha256:1", "files": {},
+            "recipe": {"teacher": {"model": "/secret/teacher"}}, "made": {"rows.jsonl": "sha256:rows"},
+            "fingerprint": "sha256:2", "parents": []}  # fmt: skip
+    manifest.write_json(tmp_path / "traces" / manifest.MANIFEST, made)
+    source = {"name": "own", "path": "../traces/rows.jsonl"}
+    tree = {".": Node(".", tmp_path / "sft", {"digest": "sha256:1"})}
+
+    def table(digest: str) -> str:
+        known = {"files": {"sources.own": digest}}
+        origin = {"recipe": "../recipe/sft.yaml"}
+        (tmp_path / "recipe").mkdir(exist_ok=True)
+        run = point("sft", "sft", sources=[source], inputs=known, origin=origin)
+        return to_markdown(model_card.source_table([run], tree))
+
+    assert "local file rows.jsonl, answers of teacher |" in table("sha256:rows")
+    assert "local file rows.jsonl |" in table("sha256:others")
 
 
 def test_a_card_does_not_claim_what_was_not_measured_or_what_a_model_without_template_cannot(
