@@ -117,6 +117,13 @@ def test_of_a_conversation_the_question_that_is_open_is_asked_and_only_its_answe
     assert "weight" not in made["messages"][3]
 
 
+@pytest.mark.parametrize("text", ["I say <|im_end|>", "half a pair: \ud83d"])
+def test_an_answer_that_no_mixture_would_take_is_left_out(text: str, tmp_path: Path) -> None:
+    with Loopback(lambda body: text) as server:
+        assert run(tmp_path, recipe(server, modes=["no_think"], number=2)) == 0
+    assert counts(tmp_path)["rejected"] == {"bad_text": 2}
+
+
 @pytest.mark.parametrize(
     ("ids", "own", "wanted"),
     [(["a", "b"], ["b", "a"], ["b", "a"]), (["a", "b"], [None, None], ["a", "b"]),
