@@ -4,7 +4,7 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from smol_post.generate import Work
 
 HOPELESS_AFTER = 10  # requests that a server will not have, with none that it answered
+_LEAST_ROUND = 16  # prompts that several teachers are asked before it is looked whether they were enough
 _SAY_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
@@ -32,17 +33,39 @@ class Asking:
         self.work, self.journal, self.progress = work, journal, progress
         self._doubtful: list[dict[str, Any]] = []  # failed, before the server answered anything
         self._scout: Sift | None = None
+        self._limit: int | None = None  # of units, in this round
 
     def run(self) -> None:
-        """Ask the servers, all at once, then one checkpoint after another; what is known is not asked."""
+        """Ask the servers, all at once, then one checkpoint after another; what is known is not asked.
+
+        Only the last of several knows when there are rows enough, so all are asked of some prompts first, and
+        of twice as many while they are too few.
+        """
         names = [name for name in self.work.teachers if name in self.work.parents]
         passes: list[Callable[[], None]] = [partial(self._local_pass, name) for name in names]
         if self.work.keys:
             passes.insert(0, self._server_pass)
-        for number, one in enumerate(passes, 1):
-            if number == len(passes) and self.work.recipe.num_rows is not None:
-                self._scout = Sift(self.work.recipe, seen=self.work.seen(), find=self.work.find)
-            one()
+        if self.work.recipe.num_rows is None:
+            for one in passes:
+                one()
+            return
+        if len(passes) > 1:
+            self._limit = max(_LEAST_ROUND, 2 * self.work.recipe.num_rows)
+        while True:
+            self._scout = None
+            for one in passes[:-1]:
+                one()
+            self._scout = Sift(self.work.recipe, seen=self.work.seen(), find=self.work.find)
+            passes[-1]()
+            if self._limit is None or self._scout.enough or self._num_units() < self._limit:
+                return
+            self._limit *= 2
+
+    def _units(self) -> Iterator[Unit]:
+        return islice(self.work.units(), self._limit)
+
+    def _num_units(self) -> int:
+        return sum(1 for _ in self._units())
 
     def _server_pass(self) -> None:
         stopped: list[int] = []
@@ -106,7 +129,7 @@ class Asking:
 
         try:
             async with asyncio.TaskGroup() as group:
-                for number, unit in enumerate(self.work.units()):
+                for number, unit in enumerate(self._units()):
                     await room.acquire()
                     if self._scout and self._scout.enough:
                         break
@@ -167,7 +190,7 @@ class Asking:
         from smol_post.local_teacher import LocalTeacher
 
         teacher, loaded = self.work.teachers[name], None
-        units = self.work.units()
+        units = self._units()
         while batch := list(islice(units, teacher.batch_size)):
             if self._scout and self._scout.enough:
                 return

@@ -17,6 +17,7 @@ _KINDS = {
 }
 _REASONS = {
     "unfinished": "cut, or a thought that never closes",
+    "bad_text": "a control token, or half a character",
     "empty": "no answer",
     "wrong_mode": "no thought in thinking mode, or one without it",
     "too_long": "more tokens than the recipe allows",

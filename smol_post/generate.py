@@ -23,6 +23,7 @@ from smol_post import (
     data_card,
     disk,
     inputs,
+    judging,
     loading,
     locks,
     manifest,
@@ -88,6 +89,8 @@ class Work:
                 constraints.check_kinds(self.recipe.turns.kinds)
             except (ValueError, Refusal) as error:
                 raise Refusal(f"{self.job.recipe_file}: turns: {error}") from None
+        if any(check.kind == "constraints" for check in self.recipe.checks.values()):
+            constraints.check_kinds(constraints.KINDS)  # so that lm-eval is there
 
     def find(self, text: str) -> str | None:
         """The suite that a text is in, if any."""
@@ -185,7 +188,9 @@ class Work:
                 try:
                     row = sources.parse_row(raw.content, columns=source.columns)
                     found = list(asking.prompts(self.recipe, source.name, raw.number, row, own_mode=own_mode))
-                except ValueError as error:
+                    if check and self.recipe.on_bad_rows == "skip":
+                        judging.make_check(check, row)
+                except (ValueError, Refusal) as error:
                     if self.recipe.on_bad_rows == "refuse":
                         raise Refusal(f"{where}: {error}; mend the row, or set on_bad_rows: skip") from None
                     yield Unit(source.name, raw.number, None, "bad_row")

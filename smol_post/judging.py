@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from smol_post import constraints
 from smol_post.judging_config import Check, Limits
-from smol_post.messages import END_THINK, THINK, well_formed
+from smol_post.messages import END_THINK, THINK, check_text, well_formed
 from smol_post.refusal import Refusal, describe
 
 # Words and numbers, in pieces of 20 characters; letters beyond ASCII one by one, for scripts without spaces;
@@ -39,12 +39,17 @@ def reject(
 ) -> str | None:
     """Why an answer is left out, by the first rule that it breaks; None: keep it.
 
-    In order: unfinished (cut, or a thought that never closes), empty (nothing, or nothing after the thought),
-    wrong_mode, too_long, repetition, wrong_answer.
+    In order: bad_text (a control token, which no mixture takes, or half a character), unfinished (cut, or a
+    thought that never closes), empty (nothing, or nothing after the thought), wrong_mode, too_long,
+    repetition, wrong_answer.
 
     >>> reject(Answer("<think>Hm</think>7", True, 5), mode="no_think", limits=Limits())
     'wrong_mode'
     """
+    try:
+        check_text(answer.text, "answer", "text")
+    except ValueError:
+        return "bad_text"
     if not answer.ended or (THINK in answer.text and END_THINK not in answer.text):
         return "unfinished"
     thought, _, after = answer.text.rpartition(END_THINK)

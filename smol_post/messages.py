@@ -60,7 +60,7 @@ def _clean_messages(messages: Any, where: str) -> Messages:
             raise ValueError(f"{here}: neither content nor tool calls")
         for key in ("content", *REASONING_KEYS):
             if key in message:
-                _check_text(message[key], here, key)
+                check_text(message[key], here, key)
         cleaned.append(message)
     return cleaned
 
@@ -88,7 +88,7 @@ def _clean_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         elif not isinstance(inner.get("arguments", {}), dict):
             found = short(inner["arguments"])
             raise ValueError(f"{where}: arguments: wanted an object or JSON text, found {found}")
-        _check_text(json_text(call, where), where, "JSON")
+        check_text(json_text(call, where), where, "JSON")
     return calls
 
 
@@ -116,7 +116,7 @@ def clean_variables(row: Row) -> dict[str, Any]:
             texts = list(_tool_texts(value, key))
             value = [json.loads(text) for text in texts] if key == "tools" else texts
         elif key != "enable_thinking":
-            _check_text(value, key, "value")
+            check_text(value, key, "value")
         elif not isinstance(value, bool):
             raise ValueError(f"{key}: wanted true or false, found {short(value)}")
         if value is False or value:
@@ -142,7 +142,7 @@ def _tool_texts(value: Any, key: str) -> Iterator[str]:
     elif value is not None and (text is None or key != "python_tools"):
         raise ValueError(f"{key}: wanted JSON objects, found {short(value)}")
     if text is not None:
-        _check_text(text, key, "tool")
+        check_text(text, key, "tool")
         yield text
 
 
@@ -175,7 +175,7 @@ def split_pair(row: Row) -> tuple[Messages, dict[str, Any], dict[str, Any]]:
     return prompt, chosen[0], rejected[0]
 
 
-def _check_text(text: Any, where: str, what: str) -> None:
+def check_text(text: Any, where: str, what: str) -> None:
     """ValueError where this is not text, or not text that is encoded as text."""
     if not isinstance(text, str):
         raise ValueError(f"{where}: wanted text as {what}, found {short(text)}")

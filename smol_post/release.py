@@ -182,6 +182,7 @@ def write(source: Source, out: Path, options: dict[str, Any], *, name: str | Non
             "int8": error,
             "short_of_gates": source.short,
             "report": (part / "report").is_dir(),
+            "recipe_is_whole": {job.recipe_file.resolve().parent for job in source.jobs} == {_folder(source)},
             "chain": [
                 {"run": one.name, **{key: one.manifest.get(key) for key in ("stage", "digest", "parents",
                  "recipe", "data", "metrics", "versions", "seed", "inputs")}} for one in source.points
@@ -365,12 +366,20 @@ def quantize(part: Path, *, shard_size: str) -> dict[str, float]:
     return {"relative_error": round(float(error), 5), "same_token": round(float(same), 4)}
 
 
+def _folder(source: Source) -> Path:
+    """The recipe folder: that of its pipeline.yaml."""
+    return (source.job.folder or source.job.recipe_file.parent).resolve()
+
+
 def copy_records(source: Source, part: Path) -> None:
     """recipe/: the files of the recipe folder. report/: the report over all runs, where one was written."""
     (part / "recipe").mkdir()
-    folder = source.job.folder or source.job.recipe_file.parent
+    folder = _folder(source)
     texts = [path for path in sorted(folder.iterdir()) if path.suffix in (".yaml", ".jinja", ".md")]
+    places: dict[str, Path] = {}
     for path in {one.resolve(): one for one in [*texts, *(job.recipe_file for job in source.jobs)]}.values():
+        if (other := places.setdefault(path.name, path)) != path:
+            raise Refusal(f"{path} and {other}: one name for two files of one release; rename one")
         shutil.copyfile(path, part / "recipe" / path.name)
     found = [path for name in _REPORTS if (path := source.run.resolve().parent / name).is_file()]
     if found:

@@ -15,6 +15,7 @@ import yaml
 
 from smol_post import chat, generate, manifest, sources
 from smol_post.config import Source
+from tests.loopback import Loopback
 
 pytestmark = pytest.mark.slow
 SOURCE = {
@@ -87,6 +88,23 @@ def test_a_real_server_says_what_its_checkpoint_says_here_and_is_asked_once(
     for one in found:
         other = here[one["row"], one["mode"]]
         assert (one["text"], one["prompt_tokens"]) == (other["text"], other["prompt_tokens"])
+
+
+def test_a_paid_server_beside_a_checkpoint_is_asked_no_more_than_the_rows_want(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    weak = {"checkpoint": str(checkpoint), "temperature": 1.0, "max_new_tokens": 4}
+    tree = {"stage": "pairs", "modes": ["no_think"], "sources": [SOURCE | {"num_rows": 60}], "weak": weak,
+            "rejected_may_be": ["unfinished"], "deduplicate": None, "format": "jsonl"}  # fmt: skip
+    with Loopback(lambda body: "5") as server:
+        tree |= {"strong": {"base_url": server.url, "model": "m"}}
+        assert run(tmp_path, tree | {"num_rows": 3}) == 0
+        assert len(rows(tmp_path, "rows.jsonl")) == 3
+        assert 3 <= len(server.asked) <= 16
+        assert run(tmp_path, tree | {"num_rows": 20}) == 0
+        assert len(rows(tmp_path, "rows.jsonl")) == 20
+        assert run(tmp_path, tree | {"num_rows": 1000}) == 0
+        assert 20 < len(rows(tmp_path, "rows.jsonl")) <= len(server.asked) <= 60
 
 
 def test_pairs_are_sampled_from_a_run_of_the_chain_and_train_as_they_are(

@@ -117,6 +117,13 @@ def test_of_a_conversation_the_question_that_is_open_is_asked_and_only_its_answe
     assert "weight" not in made["messages"][3]
 
 
+@pytest.mark.parametrize("text", ["I say <|im_end|>", "half a pair: \ud83d"])
+def test_an_answer_that_no_mixture_would_take_is_left_out(text: str, tmp_path: Path) -> None:
+    with Loopback(lambda body: text) as server:
+        assert run(tmp_path, recipe(server, modes=["no_think"], number=2)) == 0
+    assert counts(tmp_path)["rejected"] == {"bad_text": 2}
+
+
 @pytest.mark.parametrize(
     ("ids", "own", "wanted"),
     [(["a", "b"], ["b", "a"], ["b", "a"]), (["a", "b"], [None, None], ["a", "b"]),
@@ -365,6 +372,18 @@ def test_answers_are_held_against_a_column_that_training_does_not_read(tmp_path:
         tree["checks"] = {"q": {"kind": "numeric", "column": "result"}}
         assert run(tmp_path, tree) == 0
     assert counts(tmp_path)["rejected"] == {"wrong_answer": 1}
+
+
+def test_a_row_without_its_reference_is_a_bad_row_as_any_other(tmp_path: Path, capsys: Any) -> None:
+    pq.write_table(pa.table({"prompt": ["2+3?", "4+4?"], "result": ["5", None]}), tmp_path / "rows.parquet")
+    with Loopback(lambda body: "5") as server:
+        tree = recipe(server, modes=["no_think"], sources=[{"name": "q", "path": "rows.parquet"}])
+        tree["checks"] = {"q": {"kind": "numeric", "column": "result"}}
+        assert run(tmp_path, tree) == 2
+        assert "source 'q': row 2: result: missing" in capsys.readouterr().err
+        assert run(tmp_path, tree | {"on_bad_rows": "skip"}) == 0
+        assert len(server.asked) == 1
+    assert counts(tmp_path)["sources"] == {"q": {"bad_row": 1, "kept": 1}}
 
 
 def test_pairs_set_the_strong_answer_over_the_weak_one_and_report_their_lengths(

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from smol_post import config, manifest, model_card, release
 from smol_post.lineage import Node
+from smol_post.plan import Job
 from smol_post.points import Point
 from smol_post.refusal import Refusal
 from smol_post.report import to_markdown
@@ -77,6 +78,20 @@ def test_weights_that_are_not_the_run_s_bits_are_never_released(tmp_path: Path, 
         release.check_tensors([tmp_path / "one.safetensors"], [tmp_path / "two.safetensors"])
 
 
+def test_of_two_recipe_files_of_one_name_none_is_lost(tmp_path: Path) -> None:
+    jobs = []
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sft.yaml").write_text(name)
+        recipe: Any = None
+        jobs.append(
+            Job("sft", recipe, tmp_path / name / "sft.yaml", tmp_path / "run", [], folder=tmp_path / "here")
+        )
+    (tmp_path / "out").mkdir()
+    with pytest.raises(Refusal, match="one name for two files of one release"):
+        release.copy_records(release.Source(tmp_path / "run", jobs[0], jobs, {}, [], ""), tmp_path / "out")
+
+
 def test_a_secret_in_a_recipe_is_not_published(tmp_path: Path) -> None:
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "sft.yaml").write_text("path: https://ann:pw@host/rows.jsonl\n")
@@ -106,9 +121,13 @@ def rendered(tmp_path: Path) -> str:
     parent = ({"path": "org/base@v1"}, Node("org/base@0123", None))
     tree = {".": Node(".", tmp_path, {"digest": "sha256:1"}, parents=[parent]), "org/base@0123": parent[1]}
     about = {"num_parameters": 12345, "yarn": None, "int8": None, "short_of_gates": "", "report": False,
+             "recipe_is_whole": True,
              "options": {"license": "apache-2.0"}, "versions": {"smol-post": "1"}}  # fmt: skip
     tree_of = {"architectures": ["SmolLM3ForCausalLM"], "dtype": "bfloat16", "max_position_embeddings": 512}
     points = [point("sft", "sft", sources=[HUB, LOCAL])]
+    assert "makes it again" not in model_card.render(
+        points, tree, tree_of, about | {"recipe_is_whole": False}, name="me/tiny"
+    )
     return model_card.render(points, tree, tree_of, about, name="me/tiny")
 
 
@@ -155,6 +174,9 @@ def test_a_card_does_not_claim_what_was_not_measured_or_what_a_model_without_tem
     rendered: str,
 ) -> None:
     assert "Not measured: no evals." in rendered
+    assert rendered.endswith(
+        "`smol-post run recipe` makes it again; data from local files are not part of it.\n"
+    )
     assert not any(
         word in rendered for word in ("apply_chat_template", "/no_think", "xml_tools", "## License")
     )
