@@ -102,6 +102,8 @@ def _ending(messages: Messages) -> Messages:
     if not messages or messages[-1]["role"] in ("system", "assistant"):
         found = ", ".join(one["role"] for one in messages) or "nothing"
         raise ValueError(f"no prompt: before the answer stands {found}, wanted a question at the end")
+    if not messages[-1].get("content", "").strip():
+        raise ValueError("no prompt: the question is empty")
     return messages
 
 

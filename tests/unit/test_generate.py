@@ -386,6 +386,15 @@ def test_a_row_without_its_reference_is_a_bad_row_as_any_other(tmp_path: Path, c
     assert counts(tmp_path)["sources"] == {"q": {"bad_row": 1, "kept": 1}}
 
 
+@pytest.mark.parametrize("row", [{"prompt": " "}, {"messages": [{"role": "user", "content": ""}]}])
+def test_an_empty_question_is_not_asked(row: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with Loopback(reasoned) as server:
+        assert run(tmp_path, recipe(server, sources=[{"name": "q", "path": "rows.jsonl"}])) == 2
+        assert server.asked == []
+    assert "row 1: no prompt: the question is empty" in capsys.readouterr().err
+
+
 def test_pairs_set_the_strong_answer_over_the_weak_one_and_report_their_lengths(
     tmp_path: Path, capsys: Any
 ) -> None:
