@@ -129,8 +129,9 @@ class Work:
         """
         turns = self.recipe.turns.num_turns if isinstance(self.recipe, TurnsRecipe) else 1
         samples = self.recipe.num_samples if turns > 1 else 1
-        total = answered = 0
+        total = answered = num_rows = 0
         for unit in self.units():
+            num_rows += 1
             if unit.script is None:
                 continue
             script = unit.script()
@@ -141,6 +142,8 @@ class Work:
                 while all(one.id in journal for one in wave):
                     wave = script.send([journal[one.id] for one in wave])
                     answered += sum(one.id in journal for one in wave)
+        if not num_rows:
+            raise Refusal(f"{self.job.recipe_file}: sources: found no row in any of them, wanted prompts")
         return total, answered
 
     @property

@@ -9,7 +9,7 @@ from smol_post.refusal import Refusal
 
 _GET = "not to be had from the Hub ({}); check name and network, or give a local path"
 _PUT = "not to be put on the Hub ({}); check name, network and `hf auth whoami`; what was made is kept"
-_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+_OURS = ["*.safetensors", "*.safetensors.index.json", "yarn/*", "int8/*", "recipe/*", "report/*"]
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -98,7 +98,8 @@ def make_repository(name: str, *, private: bool) -> None:
 def push(folder: Path, name: str, *, revision: str | None = None) -> str:
     """Upload a folder in one commit, to a branch where one is named; the address of the commit.
 
-    Weights that the folder does not have are removed there: a file that is left over would be loaded instead.
+    Weights, variants and records that the folder does not have are removed there: what is left over would be
+    loaded instead, or describe another model.
     A branch, which begins as a copy of main, has the folder's files and no others.
     """
     from huggingface_hub import HfApi
@@ -106,7 +107,7 @@ def push(folder: Path, name: str, *, revision: str | None = None) -> str:
     with refusing(name, _PUT):
         if revision:
             HfApi().create_branch(name, branch=revision, exist_ok=True)
-        gone = ["*"] if revision else _WEIGHTS
+        gone = ["*"] if revision else _OURS
         done = HfApi().upload_folder(
             repo_id=name, folder_path=folder, revision=revision, delete_patterns=gone
         )

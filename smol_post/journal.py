@@ -8,6 +8,7 @@ written when the process died: it is cut off, and its request is asked again.
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from smol_post.refusal import Refusal
 
 JOURNAL = "answers.jsonl"
+SYNC_SECONDS = 5.0  # our choice: what a power cut may cost; a killed process loses nothing
 
 
 class Journal:
@@ -25,8 +27,10 @@ class Journal:
         self.path = folder / JOURNAL
         self._places: dict[str, tuple[int, int]] = {}
         self._number: int | None = None
-        self._end = 0
+        self._end, self._synced = 0, 0.0
         self.num_answered = 0  # and not failed
+        if self.path.exists() and not self.path.is_file():
+            raise Refusal(f"{self.path}: is no file; remove it, or choose another --run-dir")
         if self.path.is_file():
             with self.path.open("rb") as stream:
                 for number, line in enumerate(stream, 1):
@@ -89,3 +93,6 @@ class Journal:
         while written < len(line):
             written += os.pwrite(self._number, line[written:], self._end + written)
         self._enter(answer, len(line))
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            os.fsync(self._number)
+            self._synced = time.monotonic()

@@ -64,6 +64,9 @@ class LocalTeacher:
                 found.append({"failed": f"its prompt has {len(ids)} tokens, the checkpoint takes {room}"})
                 continue
             text, ended = answers[at]
+            if special := [one for one in self.tokenizer.all_special_tokens if one in text]:
+                found.append({"failed": f"it wrote the special token {special[0]}, which no mixture takes"})
+                continue
             number: Any = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             text = ("<think>" if _OPENED.search(texts[at]) else "") + text
             found.append(

@@ -1,7 +1,7 @@
 """A teacher behind an OpenAI-compatible server: bounded concurrency, rate limits, retries, giving up.
 
     connection errors, time-outs, 408, 409, 425, 429, 5xx   again, after 1, 2, 4 ... 60 s, or Retry-After
-    401, 403, 404                                           no use: the whole run ends, in one line
+    401, 404, a 403 before any answer                       no use: the whole run ends, in one line
     other 4xx                                               of one request: its answer is that it failed
 
 Nothing but failures for `give_up_seconds` ends the run as well; what was answered is in the journal.
@@ -20,7 +20,7 @@ from smol_post.launch import say
 from smol_post.refusal import Failure
 
 RETRIED = (408, 409, 425, 429)
-HOPELESS = (401, 403, 404)
+HOPELESS = (401, 404)
 CUT = ("length", "content_filter", "abort", "error")  # finish reasons; the last two are vLLM's
 LONGEST_WAIT = 60.0
 _SAY_EVERY = 30.0  # seconds between lines about a server that fails
@@ -80,7 +80,9 @@ class Server:
                         error.status_code,
                         f"status {error.status_code}: {self._plain(said(error))}",
                     )
-                    if status in HOPELESS:
+                    if status in HOPELESS or (
+                        status == 403 and not self._answered_at
+                    ):  # later: of one request
                         raise Failure(f"{self._where()}: {reason}; mend model, address or key") from None
                     if status < 500 and status not in RETRIED:
                         self._failing_since, self._answered_at = None, time.monotonic()  # it speaks

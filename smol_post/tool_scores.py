@@ -83,12 +83,14 @@ def evaluate(
 
 
 def judge(question: Question, text: str, *, ended: bool, opened: bool = False) -> tuple[bool, bool]:
-    """Whether a turn makes the wanted calls, and whether it makes calls that can be made."""
+    """Whether a turn makes the wanted calls, or answers where none is, and whether its calls are sound."""
     python = any(one.python for one in question.tools.values())
     calls = tool_calls.parse(text, python=python, opened=opened)
     bound = [tool_calls.bind(one, question.tools) for one in calls]
     able = all(not tool_calls.check(one, question.tools).problem for one in calls)
-    return ended and tool_calls.equal(bound, question.wanted), ended and bool(calls) and able
+    right = tool_calls.equal(bound, question.wanted)
+    says = bool(calls or scoring.answer(text, opened=opened).strip())  # silence is no answer
+    return ended and right and says, ended and bool(calls) and able
 
 
 def questions(asked: ToolCalls, seed: int) -> list[Question]:

@@ -228,7 +228,7 @@ def test_nothing_but_failures_ends_in_one_line_and_what_was_answered_is_kept(
     assert len(lines(tmp_path)) == 6
 
 
-@pytest.mark.parametrize("fault", ["401", "404", "400"])
+@pytest.mark.parametrize("fault", ["401", "403", "404", "400"])
 def test_errors_that_no_retry_mends_end_at_once(fault: str, tmp_path: Path, capsys: Any) -> None:
     with Loopback(reasoned, fault=lambda body: fault) as server:
         assert run(tmp_path, recipe(server, number=40, teacher={"concurrency": 2})) == 1
@@ -237,14 +237,18 @@ def test_errors_that_no_retry_mends_end_at_once(fault: str, tmp_path: Path, caps
     assert (tmp_path / "runs" / "r" / JOURNAL).read_text() == ""
 
 
-def test_one_request_that_is_refused_is_written_down_and_the_run_goes_on(tmp_path: Path) -> None:
-    with Loopback(reasoned, faults=["400"]) as server:
-        assert run(tmp_path, recipe(server)) == 0
+@pytest.mark.parametrize("code", ["400", "403"])  # too long; not moderated kindly
+def test_one_request_that_is_refused_is_written_down_and_the_run_goes_on(code: str, tmp_path: Path) -> None:
+    def second(body: dict[str, Any]) -> str | None:
+        return code if len(server.asked) == 2 else None
+
+    with Loopback(reasoned, fault=second) as server:
+        assert run(tmp_path, recipe(server, teacher={"concurrency": 1})) == 0
         assert run(tmp_path, recipe(server), "filters.max_tokens=5000") == 0
         assert len(server.asked) == 6
     assert counts(tmp_path)["rejected"] == {"failed": 1}
     (failed,) = (line for line in lines(tmp_path, JOURNAL) if "failed" in line)
-    assert failed["failed"] == "status 400: Error code: 400 - fault 400"
+    assert failed["failed"] == f"status {code}: Error code: {code} - fault {code}"
 
 
 def test_a_refusal_is_told_in_the_servers_own_words_whatever_their_key(tmp_path: Path, capsys: Any) -> None:
@@ -561,3 +565,17 @@ def test_the_length_gap_is_that_of_the_definition() -> None:
     assert gap["auc"] == round(sum(above) / len(above), 3)
     assert sifting.length_warning(gap) is None
     assert "chosen answers are shorter" in str(sifting.length_warning(sifting.length_gap([(1, 5), (2, 6)])))
+
+
+def test_a_journal_that_is_no_file_and_sources_without_a_row_are_refused(tmp_path: Path, capsys: Any) -> None:
+    with Loopback(reasoned) as server:
+        tree = recipe(server)
+        (tmp_path / "runs" / "r" / JOURNAL).mkdir(parents=True)
+        assert run(tmp_path, tree) == 2
+        assert "answers.jsonl: is no file" in capsys.readouterr().err
+        (tmp_path / "runs" / "r" / JOURNAL).rmdir()
+        tree["sources"] = [{"name": "q", "path": "none.jsonl"}]
+        (tmp_path / "none.jsonl").write_text("")
+        assert run(tmp_path, tree) == 2
+        assert "found no row" in capsys.readouterr().err
+        assert not server.asked

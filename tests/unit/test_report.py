@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from smol_post import commands as cli
-from smol_post.refusal import Refusal
 from smol_post.manifest import content_digest, content_files
 from smol_post.plots import draw_loss
 from smol_post.points import Point
+from smol_post.refusal import Refusal
 from smol_post.report import commands, duration, number, read_points, write_report
 
 RUNS = ["base", "sft", "apo_seed0", "merge"]

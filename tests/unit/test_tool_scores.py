@@ -46,6 +46,8 @@ def recipe(**changes: Any) -> config.EvalsRecipe:
         (row(CALL), "", (False, False)),
         (row(CALL.replace("1", '"N/A"')), CALL.replace("1", '"N/A"'), (True, False)),  # BFCL has such rows
         (row("No."), "It is sunny.", (True, False)),
+        (row("No."), "", (False, False)),
+        (row("No."), "<think>\nIs it", (False, False)),
         (row("No."), CALL, (False, True)),
         (row("No."), "<tool_call>f</tool_call>", (False, False)),
         (row("<code>f(1)</code>", tools=PYTHON), "<code>f(x=1)</code>", (True, True)),
