@@ -905,7 +905,7 @@ COMMANDS: dict[str, tuple[Make, str, str]] = {
     "compare of one": (nothing, "compare runs/recipe/base", "the following arguments are required"),
     "compare of three": (nothing, "compare a b c", "unrecognized arguments: c"),
     "compare of a folder": (nothing, "compare recipe parent", "recipe: no whole run; give a run directory"),
-    "eval of a recipe": (nothing, "eval recipe --suite own/evals.yaml", "recipe: no checkpoint, it has no config.json"),
+    "eval of a recipe": (nothing, "eval recipe --suite own/evals.yaml", "recipe: no config.json"),
     "eval by no suite": (nothing, "eval parent --suite own/sft.yaml", "stage: found sft, wanted evals"),
     "eval in no mode": (nothing, f"{EVAL} --mode loud", "invalid choice: 'loud'"),
     "eval of a file": (nothing, "eval own/sft.yaml@ --suite own/evals.yaml", "no such folder and no Hub id"),
@@ -914,8 +914,8 @@ COMMANDS: dict[str, tuple[Make, str, str]] = {
     "chat without a word": (nothing, "chat", "the following arguments are required: RUN"),
     "chat with an unknown option": (nothing, "chat parent --bogus", "unrecognized arguments: --bogus"),
     "chat with what is not there": (nothing, "chat nowhere", "nowhere: no such folder and no Hub id"),
-    "chat with a recipe": (nothing, "chat recipe", "recipe: no checkpoint, it has no config.json; give a"),
-    "chat with a folder of runs": (nothing, "chat .", ".: no checkpoint, it has no config.json; give parent"),
+    "chat with a recipe": (nothing, "chat recipe", "recipe: no config.json, so no checkpoint; give a"),
+    "chat with a folder of runs": (nothing, "chat .", ".: no config.json, so no checkpoint; give parent"),
     "chat with a tokenizer that does not chat": (
         lambda at: (at / "parent" / "chat_template.jinja").unlink(), "chat parent", "has no chat template, so"
     ),
