@@ -183,6 +183,10 @@ def find_model(name: str) -> Path:
     if folder.is_dir():
         if manifest.is_whole(folder):
             manifest.verify(folder)
+        if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+            inside = sorted(str(one.parent) for one in folder.glob("*/config.json"))
+            hint = f"; give {' or '.join(inside[:4])}" if inside else "; give a checkpoint or a whole run"
+            raise Refusal(f"{name}: no config.json, so no checkpoint{hint}")
         return folder
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name):
         raise Refusal(

@@ -287,7 +287,7 @@ def make(recipe: Generation, job: Job) -> int:
         (out / manifest.MANIFEST).unlink(missing_ok=True)
         journal = Journal(out).open()
         whom = ", ".join(str(one.base_url or one.checkpoint) for one in work.teachers.values())
-        say(f"{job.name}: {total:,} requests at most, {answered:,} of them answered before; asking {whom}")
+        say(f"{job.name}: {whom}: {total:,} requests at most, {answered:,} of them answered before")
         progress = Progress(work, total)
         progress.known(answered)
         try:

@@ -23,6 +23,7 @@ from typing import Any
 
 from smol_post import inputs, locks, manifest
 from smol_post.config import RESERVED
+from smol_post.journal import JOURNAL
 from smol_post.plan import Job, default_run_root, make_plan
 from smol_post.refusal import Refusal
 from smol_post.report import duration
@@ -312,7 +313,7 @@ def status(argv: list[str]) -> int:
     for one in every:
         outside = "" if one.name in found or problem else "  (not in the pipeline)"
         print(f"{one.name:<{width}}  {one.text()}{outside}")
-    num_whole = sum(one.digest is not None for one in every)
+    num_whole = sum(one.digest is not None and not (one.run_dir / JOURNAL).is_file() for one in every)
     print(
         f"evals of {len(evals)} of {num_whole} whole runs; report: {report if report.is_file() else 'none'}"
     )

@@ -914,7 +914,8 @@ COMMANDS: dict[str, tuple[Make, str, str]] = {
     "chat without a word": (nothing, "chat", "the following arguments are required: RUN"),
     "chat with an unknown option": (nothing, "chat parent --bogus", "unrecognized arguments: --bogus"),
     "chat with what is not there": (nothing, "chat nowhere", "nowhere: no such folder and no Hub id"),
-    "chat with a recipe": (nothing, "chat recipe", "recipe: no loadable tokenizer"),
+    "chat with a recipe": (nothing, "chat recipe", "recipe: no config.json, so no checkpoint; give a"),
+    "chat with a folder of runs": (nothing, "chat .", ".: no config.json, so no checkpoint; give parent"),
     "chat with a tokenizer that does not chat": (
         lambda at: (at / "parent" / "chat_template.jinja").unlink(), "chat parent", "has no chat template, so"
     ),

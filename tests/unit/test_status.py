@@ -441,6 +441,9 @@ def test_evals_of_what_is_there_now_are_counted(made: Place) -> None:
     assert made.say("status", made.root)[1][-1] == "evals of 1 of 7 whole runs; report: none"
     (made.root / "report.html").touch()
     assert made.say("status", made.root)[1][-1].endswith(f"report: {made.root / 'report.html'}")
+    shutil.copytree(made.root / "base", made.root / "traces")
+    (made.root / "traces" / "answers.jsonl").touch()  # data that `generate` made is no model to measure
+    assert made.say("status", made.root)[1][-1].startswith("evals of 1 of 7 whole runs")
 
 
 def test_programs_get_the_same_from_the_root_and_from_the_recipe_folder(made: Place) -> None:
