@@ -15,7 +15,7 @@ from smol_post import turns
 from smol_post.asking import Prompt, Request
 from smol_post.generate_config import Generation, PairsRecipe, TurnsRecipe
 from smol_post.judging import Answer, make_check, reject, reject_pair
-from smol_post.messages import END_THINK, Messages
+from smol_post.messages import END_THINK, THINK, Messages
 
 Script = Generator[list[Request], list[Mapping[str, Any]], "list[Candidate]"]
 
@@ -119,6 +119,8 @@ def _of_pair(
 ) -> str | None:
     if reason := reject(chosen, mode=prompt.mode, limits=recipe.filters, check=check):
         return f"chosen_{reason}"
+    if prompt.mode == "no_think" and rejected.text.startswith(THINK):
+        return "rejected_wrong_mode"  # whatever it may be: there the template has begun the answer
     fault = reject(rejected, mode=prompt.mode, limits=recipe.filters, check=check)
     if fault == "empty" or (fault not in (None, "wrong_answer", *recipe.rejected_may_be)):
         return f"rejected_{fault}"

@@ -14,7 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from smol_post import answering, asking, generate, generate_config, locks, manifest, sifting, sources
+from smol_post import (
+    answering,
+    asking,
+    generate,
+    generate_config,
+    judging,
+    loading,
+    locks,
+    manifest,
+    scripts,
+    sifting,
+    sources,
+)
 from smol_post.config import Source
 from smol_post.journal import JOURNAL, Journal
 from smol_post.refusal import Refusal
@@ -579,3 +591,19 @@ def test_a_journal_that_is_no_file_and_sources_without_a_row_are_refused(tmp_pat
         assert run(tmp_path, tree) == 2
         assert "found no row" in capsys.readouterr().err
         assert not server.asked
+
+
+def test_a_rejected_answer_that_training_would_refuse_is_left_out_whatever_it_may_be() -> None:
+    tree = {"stage": "pairs", "sources": [{"name": "q", "path": "q.jsonl"}], "rejected_may_be": ["wrong_mode"],
+            "weak": {"checkpoint": "../sft"}}  # fmt: skip
+    asked = loading.validate(generate_config.PairsRecipe, tree, where="r.yaml")
+    question = [{"role": "user", "content": "3+4?"}]
+    cases: list[tuple[Any, str | None]] = [("no_think", "rejected_wrong_mode"), ("think", None)]
+    for mode, wanted in cases:
+        prompt = asking.Prompt("q", 1, mode, question, {}, "7", {})
+        text = "7" if mode == "no_think" else "<think>\n3+4=7\n</think>\n7"
+        chosen = judging.Answer(text, True, 9)
+        rejected = judging.Answer("<think>\n3+4=8\n</think>\n8", True, 9)
+        assert scripts._of_pair(asked, prompt, chosen, rejected, None) == wanted
+        other = judging.Answer("3+4=8\n</think>\n8", True, 9)
+        assert scripts._of_pair(asked, prompt, chosen, other, None) is None
