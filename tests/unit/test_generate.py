@@ -594,8 +594,8 @@ def test_a_journal_that_is_no_file_and_sources_without_a_row_are_refused(tmp_pat
 
 
 def test_a_rejected_answer_that_training_would_refuse_is_left_out_whatever_it_may_be() -> None:
-    tree = {"stage": "pairs", "sources": [{"name": "q", "path": "q.jsonl"}], "rejected_may_be": ["wrong_mode"],
-            "weak": {"checkpoint": "../sft"}}  # fmt: skip
+    tree = {"stage": "pairs", "rejected_may_be": ["wrong_mode"], "weak": {"checkpoint": "../sft"},
+            "sources": [{"name": "q", "path": "q.jsonl"}]}  # fmt: skip
     asked = loading.validate(generate_config.PairsRecipe, tree, where="r.yaml")
     question = [{"role": "user", "content": "3+4?"}]
     cases: list[tuple[Any, str | None]] = [("no_think", "rejected_wrong_mode"), ("think", None)]
