@@ -375,7 +375,7 @@ def copy_records(source: Source, part: Path) -> None:
     """recipe/: the recipes and templates of the folder. report/: the report over all runs, where one was written."""
     (part / "recipe").mkdir()
     folder = _folder(source)
-    texts = [path for path in sorted(folder.iterdir()) if path.suffix in (".yaml", ".jinja")]  # no notes
+    texts = [path for path in sorted(folder.iterdir()) if path.suffix in (".yaml", ".jinja")]
     places: dict[str, Path] = {}
     for path in {one.resolve(): one for one in [*texts, *(job.recipe_file for job in source.jobs)]}.values():
         if (other := places.setdefault(path.name, path)) != path:
