@@ -372,7 +372,7 @@ def _folder(source: Source) -> Path:
 
 
 def copy_records(source: Source, part: Path) -> None:
-    """recipe/: the recipes and templates of the folder. report/: the report over all runs, where one was written."""
+    """recipe/: the recipes and templates of the folder. report/: the report over all runs, if there is one."""
     (part / "recipe").mkdir()
     folder = _folder(source)
     texts = [path for path in sorted(folder.iterdir()) if path.suffix in (".yaml", ".jinja")]
