@@ -31,7 +31,7 @@ from smol_post.runner import EXIT_OK, Parser, interrupt_on_sigterm, refuse
 from smol_post.trust import check_checkpoint
 
 RELEASE, YARN, INT8 = "release.json", "yarn", "int8"
-_OPTIONS = ("context", "quantize", "shard_size", "license", "despite_gates")
+_OPTIONS = ("context", "dtype", "quantize", "shard_size", "license", "despite_gates")
 _OURS = ("backend", "is_local", "local_files_only")  # what transformers 5 notes of how it read a tokenizer
 _SIZE = re.compile(r"(\d+)(KB|MB|GB)")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -58,6 +58,7 @@ def release(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="a whole run, such as runs/tiny/merge")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
     parser.add_argument("--context", type=int, help="add a YaRN configuration for so many tokens")
+    parser.add_argument("--dtype", choices=["bfloat16"], help="round the weights to it; without, as they are")
     parser.add_argument("--quantize", choices=[INT8], help="add 8-bit weights, by torchao")
     parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a file of weights, at most")
     parser.add_argument("--license", metavar="ID", help="as the Hub spells it, such as apache-2.0")
@@ -167,10 +168,13 @@ def write(source: Source, out: Path, options: dict[str, Any], *, name: str | Non
     if options["quantize"]:
         check_torchao()
     with export.made_whole(out) as part:
-        made, num_parameters = write_checkpoint(run, part, shard_size=options["shard_size"])
+        shape = {"shard_size": options["shard_size"], "dtype": options["dtype"]}
+        made, num_parameters = write_checkpoint(run, part, **shape)
         if stretched:
             (part / YARN).mkdir()
-            manifest.write_json(part / YARN / CONFIG, for_old_readers(tree | stretched))
+            manifest.write_json(
+                part / YARN / CONFIG, for_old_readers(manifest.read_json(part / CONFIG) | stretched)
+            )
             export.check_yarn(run, part / YARN)
         error = quantize(part, shard_size=options["shard_size"]) if options["quantize"] else None
         copy_records(source, part)
@@ -195,7 +199,7 @@ def write(source: Source, out: Path, options: dict[str, Any], *, name: str | Non
 
 def finish(folder: Path, source: Source, about: dict[str, Any], name: str) -> None:
     """Write the card, whose code to copy loads `name`, and release.json with a digest of every file, last."""
-    config = manifest.read_json(source.run / CONFIG)
+    config = manifest.read_json(folder / CONFIG)
     card = model_card.render(source.points, source.tree, config, about, name=name)
     manifest.write_text(folder / "README.md", card)
     check_secrets(folder)
@@ -238,29 +242,35 @@ def tokenizer_for_old_readers(tree: dict[str, Any]) -> dict[str, Any]:
     return {"model_input_names": ["input_ids", "attention_mask"]} | kept
 
 
-def write_checkpoint(run: Path, part: Path, *, shard_size: str) -> tuple[dict[str, Any], int]:
-    """The model itself, for both readers; what it was made of, and its number of parameters."""
+def write_checkpoint(
+    run: Path, part: Path, *, shard_size: str, dtype: str | None
+) -> tuple[dict[str, Any], int]:
+    """The model itself, for both readers; what it was made of, and its number of parameters.
+
+    `dtype`: each tensor of floating point is rounded to it, once; None: all are as they are.
+    """
     from smol_post import model, vocabulary
 
     made, files = export.read_source(run)
-    tree = manifest.read_json(run / CONFIG)
+    tree = manifest.read_json(run / CONFIG) | ({"dtype": dtype} if dtype else {})
     new = {CONFIG: for_old_readers(tree), GENERATION: export.generation_config(run, tree)}
     if TOKENIZER in files:
         new[TOKENIZER] = tokenizer_for_old_readers(manifest.read_json(run / TOKENIZER))
     weights = model.safetensors_files(run)
     sharded = all(path.stat().st_size <= shard_bytes(shard_size) for path in weights)
-    left = {INDEX, *(path.name for path in weights)} if not sharded else set[str]()
+    left = {INDEX, *(path.name for path in weights)} if dtype or not sharded else set[str]()
     copied = {name: digest for name, digest in files.items() if name not in left | new.keys()}
     for name in copied:
         shutil.copyfile(run / name, part / name)
     export.check_copies(run, part, copied)
     for name, content in new.items():
         manifest.write_json(part / name, content)
-    if not sharded:
-        reshard(weights, part, shard_bytes(shard_size))
-    num_parameters = check_tensors(weights, model.safetensors_files(part))
+    if dtype or not sharded:
+        reshard(weights, part, shard_bytes(shard_size), dtype=dtype)
+    num_parameters = check_tensors(weights, model.safetensors_files(part), dtype=dtype)
     before, after = model.load_config(run).to_dict(), model.load_config(part).to_dict()
-    if before | {"_name_or_path": None} != after | {"_name_or_path": None}:
+    ours = {"_name_or_path": None, "dtype": after["dtype"] if dtype else before["dtype"]}
+    if before | ours != after | {"_name_or_path": None}:
         raise RuntimeError(f"{part / CONFIG}: is not read as that of {run}")
     if TOKENIZER in files:
         one, other = vocabulary.load_tokenizer(run), vocabulary.load_tokenizer(part)
@@ -271,7 +281,14 @@ def write_checkpoint(run: Path, part: Path, *, shard_size: str) -> tuple[dict[st
     return made, num_parameters
 
 
-def reshard(weights: list[Path], part: Path, num_bytes: int) -> None:
+def rounded(tensor: Any, dtype: str | None) -> Any:
+    """A tensor in another type, if it is of floating point."""
+    import torch
+
+    return tensor.to(getattr(torch, dtype)) if dtype and tensor.is_floating_point() else tensor
+
+
+def reshard(weights: list[Path], part: Path, num_bytes: int, *, dtype: str | None) -> None:
     """The tensors of `weights` in files of at most `num_bytes` where a tensor allows it, one in memory."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors import safe_open
@@ -280,13 +297,14 @@ def reshard(weights: list[Path], part: Path, num_bytes: int) -> None:
     where = {}
     for path in weights:
         with safe_open(path, framework="pt") as file:
-            where |= {name: (path, file.get_tensor(name).to("meta")) for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                where[name] = path, rounded(file.get_tensor(name).to("meta"), dtype)
     empty = {name: tensor for name, (_, tensor) in sorted(where.items())}
     split = split_torch_state_dict_into_shards(empty, max_shard_size=num_bytes)
 
     def load(name: str) -> Any:
         with safe_open(where[name][0], framework="pt") as file:
-            return file.get_tensor(name)
+            return rounded(file.get_tensor(name), dtype)
 
     for file, names in split.filename_to_tensors.items():
         save_file({name: load(name) for name in names}, part / file, metadata={"format": "pt"})
@@ -296,8 +314,11 @@ def reshard(weights: list[Path], part: Path, num_bytes: int) -> None:
         )
 
 
-def check_tensors(before: list[Path], after: list[Path]) -> int:
-    """The number of values in two sets of weight files; RuntimeError where a tensor is not the same bytes."""
+def check_tensors(before: list[Path], after: list[Path], *, dtype: str | None) -> int:
+    """The number of values in two sets of weight files; RuntimeError where a tensor is not the same bytes.
+
+    With `dtype`: where it is not what the first one's rounds to.
+    """
     import torch
     from safetensors import safe_open
 
@@ -310,7 +331,7 @@ def check_tensors(before: list[Path], after: list[Path]) -> int:
 
     def bits(path: Path, name: str) -> tuple[Any, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
-            tensor = file.get_tensor(name)
+            tensor = rounded(file.get_tensor(name), dtype)
         return (tensor.dtype, tensor.shape), tensor.flatten().view(torch.uint8)
 
     old, new, total = each(before), each(after), 0
@@ -372,7 +393,7 @@ def _folder(source: Source) -> Path:
 
 
 def copy_records(source: Source, part: Path) -> None:
-    """recipe/: the recipes and templates of the folder. report/: the report over all runs, if there is one."""
+    """recipe/: the recipes and templates of the folder. report/: the report of all runs, if there is one."""
     (part / "recipe").mkdir()
     folder = _folder(source)
     texts = [path for path in sorted(folder.iterdir()) if path.suffix in (".yaml", ".jinja")]
@@ -429,6 +450,6 @@ def push(source: Source, out: Path, arguments: argparse.Namespace) -> None:
     for revision, _, folder, _ in chain:
         if folder != source.job.run_dir:
             with TemporaryDirectory(prefix=f".{out.name}.", dir=out.resolve().parent) as part:
-                write_checkpoint(folder, Path(part), shard_size=arguments.shard_size)
+                write_checkpoint(folder, Path(part), shard_size=arguments.shard_size, dtype=arguments.dtype)
                 say(f"{name}@{revision}: {hub.push(Path(part), name, revision=revision)}")
     say(f"{name}: {hub.push(out, name)}")

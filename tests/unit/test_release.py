@@ -58,14 +58,33 @@ def test_weights_in_smaller_files_are_the_same_bits(tmp_path: Path) -> None:
     tensors["scale"] = torch.tensor(float("nan"))
     (tmp_path / "out").mkdir()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    release.reshard([tmp_path / "model.safetensors"], tmp_path / "out", 1000)
+    release.reshard([tmp_path / "model.safetensors"], tmp_path / "out", 1000, dtype=None)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert [path.name for path in files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     index = manifest.read_json(tmp_path / "out" / "model.safetensors.index.json")["weight_map"]
     assert {name: file for file in files for name in load_file(file)} == {
         name: tmp_path / "out" / file for name, file in index.items()
     }
-    assert release.check_tensors([tmp_path / "model.safetensors"], files) == 5 * 250 + 1
+    assert release.check_tensors([tmp_path / "model.safetensors"], files, dtype=None) == 5 * 250 + 1
+
+
+def test_weights_are_rounded_once_where_that_is_asked_and_held_against_it(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(50, 5, generator=torch.Generator().manual_seed(0)), "n": torch.tensor([3])}
+    before = [tmp_path / "model.safetensors"]
+    (tmp_path / "out").mkdir()
+    save_file(tensors, before[0])
+    release.reshard(before, tmp_path / "out", 10**9, dtype="bfloat16")
+    after = list((tmp_path / "out").glob("*.safetensors"))
+    made = load_file(after[0])
+    assert (made["a"].dtype, made["n"].dtype) == (torch.bfloat16, torch.int64)
+    assert torch.equal(made["a"], tensors["a"].bfloat16())
+    assert release.check_tensors(before, after, dtype="bfloat16") == 251
+    with pytest.raises(RuntimeError, match="is not that of the run"):
+        release.check_tensors(before, after, dtype=None)
+    made["a"][0, 0] += 1
+    save_file(made, after[0])
+    with pytest.raises(RuntimeError, match="is not that of the run"):
+        release.check_tensors(before, after, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("change", [{"a": torch.tensor([0.0, -0.0])}, {"b": torch.zeros(1)}, {"a": None}])
@@ -75,7 +94,7 @@ def test_weights_that_are_not_the_run_s_bits_are_never_released(tmp_path: Path, 
     save_file(tensors, tmp_path / "one.safetensors")
     save_file(other, tmp_path / "two.safetensors")
     with pytest.raises(RuntimeError, match=r"is not that of the run|not in both"):
-        release.check_tensors([tmp_path / "one.safetensors"], [tmp_path / "two.safetensors"])
+        release.check_tensors([tmp_path / "one.safetensors"], [tmp_path / "two.safetensors"], dtype=None)
 
 
 def test_of_two_recipe_files_of_one_name_none_is_lost(tmp_path: Path) -> None:
