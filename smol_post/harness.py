@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from smol_post import hub, scoring
 from smol_post.evals_config import Harness
+from smol_post.messages import END_THINK, THINK
 from smol_post.refusal import Refusal, did_you_mean
-from smol_post.scoring import END_THINK, TEMPLATE_ERRORS, THINK
+from smol_post.scoring import TEMPLATE_ERRORS
 
 try:
     import lm_eval

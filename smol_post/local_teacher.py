@@ -1,5 +1,6 @@
 """A teacher that is a checkpoint: answers in batches, by transformers, in this process."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,14 +59,14 @@ class LocalTeacher:
             seed=int(requests[0].id[:8], 16),
         )
         answers = dict(zip(fits, said, strict=True))
-        found = []
+        found, special = [], self.tokenizer.all_special_tokens
         for at, ids in enumerate(encoded):
             if at not in answers:
                 found.append({"failed": f"its prompt has {len(ids)} tokens, the checkpoint takes {room}"})
                 continue
             text, ended = answers[at]
-            if special := [one for one in self.tokenizer.all_special_tokens if one in text]:
-                found.append({"failed": f"it wrote the special token {special[0]}, which no mixture takes"})
+            if wrote := next((one for one in special if one in text), None):
+                found.append({"failed": f"it wrote the special token {wrote}, which no mixture takes"})
                 continue
             number: Any = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             text = ("<think>" if _OPENED.search(texts[at]) else "") + text
@@ -86,8 +87,6 @@ class LocalTeacher:
         if "xml_tools" in variables and "xml_tools" not in template:
             variables["tools"] = [*variables.get("tools", []), *variables.pop("xml_tools")]
         if "tools" in variables:
-            import json
-
             variables["tools"] = [json.loads(one) for one in variables["tools"]]
         variables.setdefault("date_string", request.body["date_string"])
         return str(scoring.render(self.tokenizer, request.body["messages"], tokenize=False, **variables))

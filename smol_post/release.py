@@ -168,8 +168,9 @@ def write(source: Source, out: Path, options: dict[str, Any], *, name: str | Non
     if options["quantize"]:
         check_torchao()
     with export.made_whole(out) as part:
-        shape = {"shard_size": options["shard_size"], "dtype": options["dtype"]}
-        made, num_parameters = write_checkpoint(run, part, **shape)
+        made, num_parameters = write_checkpoint(
+            run, part, shard_size=options["shard_size"], dtype=options["dtype"]
+        )
         if stretched:
             (part / YARN).mkdir()
             manifest.write_json(

@@ -68,7 +68,7 @@ def evaluate(
         lm, tokenizer, encoded, max_new_tokens=asked.max_new_tokens, batch_size=recipe.batch_size
     )
     judged = [
-        judge(one, text, ended=ended, opened=prompt.rstrip().endswith(scoring.THINK))
+        judge(one, text, ended=ended, opened=prompt.rstrip().endswith(messages.THINK))
         for one, prompt, (text, ended) in zip(every, prompts, said, strict=True)
     ]
     right, valid = asked.metrics(mode)
